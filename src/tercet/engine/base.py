@@ -1,0 +1,103 @@
+"""The seam between algorithms and machines: what an engine can do. No torch here.
+
+Four verbs carry every algorithm: `forward_backward`, `optim_step`, `sample`, `save`. An engine knows tokens and losses;
+it knows nothing of conversations, rewards or runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+from tercet.types import (
+    AdamParams,
+    Batch,
+    Completion,
+    LoraConfig,
+    OptimResult,
+    SamplingParams,
+    StepResult,
+    TokenOutputs,
+    Weights,
+)  # fmt: skip
+
+
+class Sampler(Protocol):
+    """Frozen weights that sample and score. A later `optim_step` never changes it."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+    ) -> Future[list[list[Completion]]]:
+        """Draw `n` completions of every prompt. Each is a function of (seed, prompt index, sample index) alone."""
+        ...
+
+    def logprobs(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, temperature: float = 1.0
+    ) -> Future[list[list[float]]]:
+        """Log-prob (float32) of every token from `starts[i]` on (default 1: the first token has none)."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the trained weights this sampler was made from."""
+        ...
+
+
+class Trainer(Protocol):
+    """One set of trainable weights. Requests are done in the order they were made."""
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence the model takes."""
+        ...
+
+    def forward_backward(self, batch: Batch, loss: str, **settings: float) -> Future[StepResult]:
+        """Add the gradient of the batch's loss. `loss` is a key of `tercet.losses.LOSSES`; settings go to it.
+
+        Raises:
+            EngineError: A stream the loss needs is missing, or the loss is unknown.
+            TrainingError: The loss is not finite.
+        """
+        ...
+
+    def optim_step(self, params: AdamParams) -> Future[OptimResult]:
+        """One AdamW step on the gradient so far, which is then zero."""
+        ...
+
+    def forward(self, batch: Batch, *, temperature: float = 1.0) -> Future[TokenOutputs]:
+        """Log-probs and entropies where weights are not zero; no gradient."""
+        ...
+
+    def sampler(self) -> Sampler:
+        """A frozen copy of the weights as they are now."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the trained weights as they are now."""
+        ...
+
+    def save(self, directory: Path) -> Future[Weights]:
+        """Write weights (PEFT's or Hugging Face's layout), optimizer and generator state into `directory`."""
+        ...
+
+    def load(self, weights: Weights) -> Future[None]:
+        """Take over weights, optimizer and generator state written by `save`, exactly."""
+        ...
+
+
+class Engine(Protocol):
+    """One base model in memory; every adapter on it shares those weights."""
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence the model takes."""
+        ...
+
+    def trainer(self, *, init: Weights | None = None, lora: LoraConfig | None = None, seed: int = 0) -> Trainer:
+        """New trainable weights: an adapter (`lora`), or the whole model (`lora=None`), starting from `init` or from the base."""
+        ...
+
+    def sampler(self, weights: Weights | None = None) -> Sampler:
+        """Frozen weights: a saved adapter or model, or the base itself (None)."""
+        ...

@@ -1,0 +1,136 @@
+"""Sequences that share prefixes, laid out so that every shared prefix is computed once.
+
+`forest` merges sequences by exact token prefix into tries and lays them out depth first in one packed row. In that order
+the tokens below a token are one contiguous range after it, so a single number per token, `subtree_end`, says all about
+who sees whom: token t sees token u exactly when u <= t < subtree_end[u].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.types import Batch
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A range of the row whose attention is computed together: it sees `ancestors`, and itself as far as the trie allows."""
+
+    start: int
+    end: int
+    ancestors: IntArray
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Sequences packed as tries; T tokens are left after merging."""
+
+    tokens: IntArray
+    """(T,) token ids."""
+    positions: IntArray
+    """(T,) depth of each token in its sequence."""
+    subtree_end: IntArray
+    """(T,) where the range of tokens below each token ends."""
+    paths: tuple[IntArray, ...]
+    """For each sequence, where its tokens lie in the row."""
+
+    def units(self, max_tokens: int) -> list[Unit]:
+        """Cut the row into ranges for attention: neighbouring subtrees up to `max_tokens`, or a larger one's trunk alone."""
+        units: list[Unit] = []
+        pending: list[tuple[int, int, IntArray]] = [(0, len(self.tokens), np.empty(0, dtype=np.int64))]
+        while pending:
+            start, end, ancestors = pending.pop()
+            stop = start
+            while stop < end and self.subtree_end[stop] - start <= max_tokens:
+                stop = int(self.subtree_end[stop])
+            if stop > start:
+                units.append(Unit(start, stop, ancestors))
+                if stop < end:
+                    pending.append((stop, end, ancestors))
+                continue
+            # One subtree is larger than the limit: its trunk is a unit, its branches are looked at in turn.
+            below = int(self.subtree_end[start])
+            branch = start + int(np.argmax(np.append(self.subtree_end[start:below] != below, True)))
+            units.append(Unit(start, branch, ancestors))
+            if below < end:
+                pending.append((below, end, ancestors))
+            if branch < below:
+                pending.append((branch, below, np.concatenate([ancestors, np.arange(start, branch)])))
+        return sorted(units, key=lambda unit: unit.start)
+
+
+def forest(sequences: Sequence[Sequence[int]]) -> Forest:
+    """Merge sequences by common prefix.
+
+    Raises:
+        ValueError: A sequence is empty.
+    """
+    rows = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    if any(len(row) == 0 for row in rows):
+        raise ValueError("a sequence is empty; there is nothing to compute")
+    # The order of Python's lists puts a prefix before its extensions and shared prefixes side by side.
+    ordered = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
+    paths: list[IntArray] = [np.empty(0, dtype=np.int64)] * len(rows)
+    fresh: list[IntArray] = []
+    depths: list[IntArray] = []
+    closed: list[tuple[IntArray, int]] = []
+    length = 0
+    previous, path = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    for i in ordered:
+        shared = _common_prefix(previous, rows[i])
+        closed.append((path[shared:], length))
+        added = len(rows[i]) - shared
+        path = np.concatenate([path[:shared], np.arange(length, length + added)])
+        fresh.append(rows[i][shared:])
+        depths.append(np.arange(shared, shared + added))
+        paths[i], previous, length = path, rows[i], length + added
+    closed.append((path, length))
+    subtree_end = np.empty(length, dtype=np.int64)
+    for tokens, end in closed:
+        subtree_end[tokens] = end
+    return Forest(np.concatenate(fresh), np.concatenate(depths), subtree_end, tuple(paths))
+
+
+def _common_prefix(a: IntArray, b: IntArray) -> int:
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
+    """Indices of a batch's data in pieces of at most `max_tokens` tokens after merging, pairs kept together.
+
+    Neighbours in a piece share as much prefix as can be: rows are taken in the order of their tokens. A pair or a single
+    sequence above the budget is a piece of its own.
+    """
+    partner: dict[int, set[int]] = {i: {i} for i in range(len(batch.data))}
+    for chosen, rejected in batch.pairs:
+        joined = partner[chosen] | partner[rejected]
+        for i in joined:
+            partner[i] = joined
+    bundles = {min(members): sorted(members) for members in map(frozenset, partner.values())}
+    rows = [np.asarray(datum.tokens, dtype=np.int64) for datum in batch.data]
+    order = sorted(bundles, key=lambda i: rows[i].tolist())
+    piece: list[int] = []
+    tokens = 0
+    last = np.empty(0, dtype=np.int64)
+    for first in order:
+        cost = 0
+        tail = last
+        for i in bundles[first]:
+            cost += len(rows[i]) - _common_prefix(tail, rows[i])
+            tail = rows[i]
+        if piece and tokens + cost > max_tokens:
+            yield piece
+            piece, tokens = [], 0
+            cost = len(rows[first]) if len(bundles[first]) == 1 else cost
+        piece = piece + bundles[first]
+        tokens, last = tokens + cost, tail
+    if piece:
+        yield piece

@@ -1,0 +1,182 @@
+"""Trained weights for others to use: an adapter in peft's layout, or a merged model that plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from tercet.errors import ModelError, UsageError
+from tercet.models import smollm2
+from tercet.models.adapters import CONFIG_FILE, WEIGHTS_FILE, is_adapter
+from tercet.models.directories import new_directory
+from tercet.models.names import hub_id, resolve
+from tercet.models.quiet import quiet
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_weights(directory: Path) -> Path:
+    """The directory of the newest weights in a run, a checkpoint, or a `tercet rlhf` folder (its RL stage first).
+
+    Raises:
+        UsageError: There are none.
+    """
+    if is_adapter(directory) or (directory / "config.json").is_file():
+        return directory
+    # Names end in the zero-padded step, so that their order is the order of the steps.
+    for checkpoint in sorted((directory / "checkpoints").glob("*-[0-9]*"), reverse=True):
+        for inside in [checkpoint, *sorted(path for path in checkpoint.iterdir() if path.is_dir())]:
+            if is_adapter(inside) or (inside / "config.json").is_file():
+                return inside
+    for stage in ("rl", "sft"):
+        if (directory / stage).is_dir():
+            return find_weights(directory / stage)
+    raise UsageError(
+        f"{directory} holds no trained weights: a run with checkpoints, or a directory with {CONFIG_FILE} was wanted"
+    )
+
+
+def export_adapter(source: Path, out: Path) -> Path:
+    """Copy an adapter, with its base named as others can find it, and a model card.
+
+    Args:
+        source: A run's folder, or an adapter's directory.
+        out: A new directory.
+
+    Raises:
+        UsageError: There is no adapter in `source`, or `out` is not empty.
+    """
+    weights = find_weights(source)
+    if not is_adapter(weights):
+        raise UsageError(f"{weights} holds a whole model, not an adapter; export it merged")
+    settings = json.loads((weights / CONFIG_FILE).read_text())
+    base = settings.get("base_model_name_or_path") or ""
+    settings["base_model_name_or_path"] = hub_id(base) or _here(base)
+    with new_directory(out) as making:
+        shutil.copy(weights / WEIGHTS_FILE, making / WEIGHTS_FILE)
+        (making / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        (making / "README.md").write_text(_card(settings, base))
+    return out
+
+
+def export_merged(
+    model_name: str, source: Path, out: Path, *, dtype: str = "float32", trust_remote_code: bool = False
+) -> Path:
+    """Write base and adapter as one Hugging Face model, with tokenizer, chat template and generation config.
+
+    The sum W + alpha / rank x B A is taken in float32 and rounded to `dtype` once. Where an adapter sits on the head or
+    the embedding of a model in which both share their weights, they are written apart.
+
+    Args:
+        model_name: The base; see `resolve`.
+        source: A run's folder, an adapter's directory, or that of a wholly trained model, written as it is.
+        out: A new directory.
+        dtype: Of the weights: float32, bfloat16 or float16.
+        trust_remote_code: Let Python files that came with the model run.
+
+    Raises:
+        ModelError: The adapter does not fit the model.
+        UsageError: There are no weights in `source`, `out` is not empty, or the dtype is unknown.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    weights = find_weights(source)
+    base = resolve(model_name, trust_remote_code=trust_remote_code)
+    with new_directory(out) as making, quiet():
+        model: Any = _plain(base if is_adapter(weights) else weights, trust_remote_code)
+        if is_adapter(weights):
+            model = _merged(model, weights, model_name)
+        model.to(DTYPES[dtype]).save_pretrained(making)
+        _copy_tokenizer(base, making, trust_remote_code)
+    return out
+
+
+def _plain(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+
+
+def _merged(model: Any, adapter: Path, model_name: str) -> Any:
+    from peft import PeftModel
+
+    with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
+        keys = set(file.keys())
+    if _shares_head(model) and any("embed" in key or "lm_head" in key or "wte" in key for key in keys):
+        # Added to the shared matrix, an update meant for one of the two would change the other as well.
+        model.set_output_embeddings(_copy_of(model.get_output_embeddings()))
+        model.config.tie_word_embeddings = False
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            wrapped = PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"the adapter in {adapter} does not fit {model_name}: {error}") from error
+    absent = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+    wanted = {key for key in wrapped.state_dict() if ".lora_" in key}
+    if absent or not wanted:
+        raise ModelError(
+            f"the adapter in {adapter} does not fit {model_name}: {(absent or ['no layer of that name'])[0]}"
+        )
+    return wrapped.merge_and_unload(safe_merge=True)
+
+
+def _shares_head(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+def _copy_of(head: nn.Linear) -> nn.Linear:
+    own = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, dtype=head.weight.dtype)
+    own.load_state_dict(head.state_dict())
+    return own
+
+
+def _copy_tokenizer(base: Path, out: Path, trust_remote_code: bool) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code).save_pretrained(out)
+    generation = base / "generation_config.json"
+    if generation.is_file():
+        shutil.copy(generation, out / generation.name)
+
+
+def _here(base: str) -> str:
+    path = Path(base).expanduser()
+    return str(path.resolve()) if base and path.exists() else base
+
+
+def _card(settings: dict[str, Any], base: str) -> str:
+    name = settings["base_model_name_or_path"]
+    path = Path(base).expanduser()
+    origin = smollm2.source(path if path.is_dir() else smollm2.place()) if hub_id(base) == smollm2.HUB_ID else None
+    trained_on = f"\nIt was trained on this copy of the base: {origin}.\n" if origin else ""
+    on_hub = hub_id(base) is not None
+    return f"""---
+{f"base_model: {name}" if on_hub else "# The base model is on no hub."}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- tercet
+---
+
+# A LoRA adapter on {name if on_hub else Path(name).name}
+
+Rank {settings["r"]}, alpha {settings["lora_alpha"]}, trained with tercet.
+{trained_on}
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("<this directory>")
+```
+"""

@@ -1,0 +1,89 @@
+"""Log-probs of chosen tokens from hidden states, without ever holding [tokens, vocabulary] whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# 256 rows of a 50,000-token vocabulary are 50 MB in float32: large enough for full matmul speed, small beside any model.
+CHUNK_TOKENS = 256
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "N D"], targets: Int[Tensor, " N"], head: nn.Linear, temperature: float = 1.0
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-prob of each target, and the entropy of its distribution (without gradient), in float32.
+
+    Logits are made float32 before they are divided by the temperature. A temperature of 0 stands for greedy sampling, whose
+    log-probs are those of temperature 1.
+
+    Args:
+        hidden: Last hidden states, one per token to predict.
+        targets: The tokens that followed.
+        head: The language-model head.
+        temperature: Sampling temperature.
+    """
+    divisor = temperature if temperature > 0 else 1.0
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or head.weight.requires_grad):
+        parts = [_chunk(h, t, head, divisor) for h, t in _chunks(hidden, targets)]
+    elif type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        out: tuple[Tensor, Tensor] = _FrozenHead.apply(hidden, targets, head, divisor)  # type: ignore[no-untyped-call]
+        return out
+    else:
+        parts = [checkpoint(_chunk, h, t, head, divisor, use_reentrant=False) for h, t in _chunks(hidden, targets)]
+    if not parts:
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _chunks(hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    if len(targets) == 0:
+        return []
+    return list(zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True))
+
+
+def _chunk(hidden: Tensor, targets: Tensor, head: nn.Module, divisor: float) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float() / divisor
+    log_total = torch.logsumexp(logits, dim=-1)
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_total
+    with torch.no_grad():
+        probabilities = torch.exp(logits - log_total[:, None])
+        entropy = log_total - (probabilities * logits).sum(-1)
+    return logprobs, entropy
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The gradient of each log-prob with respect to its hidden state, found while the logits are at hand.
+
+    A log-prob is one number, so its gradient is one vector a token: W[target] minus the mean of W under the distribution.
+    Keeping that vector spares both the logits and a second pass through the head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, divisor: float) -> tuple[Tensor, Tensor]:
+        logprobs, entropies, directions = [], [], []
+        for h, t in _chunks(hidden, targets):
+            logits = torch.nn.functional.linear(h, head.weight, head.bias).float() / divisor
+            log_total = torch.logsumexp(logits, dim=-1)
+            logprobs.append(logits.gather(-1, t[:, None])[:, 0] - log_total)
+            probabilities = torch.exp(logits - log_total[:, None])
+            entropies.append(log_total - (probabilities * logits).sum(-1))
+            mean = probabilities.to(head.weight.dtype) @ head.weight
+            directions.append((head.weight[t] - mean) / divisor)
+        if not logprobs:
+            empty = hidden.new_zeros(0, dtype=torch.float32)
+            ctx.save_for_backward(torch.zeros_like(hidden))
+            return empty, empty.clone()
+        ctx.save_for_backward(torch.cat(directions))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (directions,) = ctx.saved_tensors
+        return grads[0][:, None].to(directions.dtype) * directions, None, None, None

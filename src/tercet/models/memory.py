@@ -1,0 +1,169 @@
+"""What a run will need of memory, by arithmetic on a model's config. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tercet.errors import ModelError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Logits are computed for this many tokens at a time: see tercet.models.logprobs.
+HEAD_TOKENS, HEAD_COPIES = 256, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a decoder, from its config."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    gated: bool
+    vocabulary: int
+    tied: bool
+    positions: int
+    """Learned positions; 0 when they are rotated."""
+    experts: int
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of the linear layers of one block."""
+        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        # Without rotation (GPT-2) queries, keys and values are one layer.
+        attention = [(self.hidden, q + 2 * kv)] if self.positions else [(self.hidden, q), *2 * [(self.hidden, kv)]]
+        up = (2 if self.gated else 1) * [(self.hidden, self.intermediate)]
+        return [*attention, (q, self.hidden), *self.experts * [*up, (self.intermediate, self.hidden)]]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model, biases and norms nearly."""
+        vocabulary = self.vocabulary * self.hidden
+        block = sum(i * o for i, o in self.linears) + 2 * self.hidden
+        return (1 if self.tied else 2) * vocabulary + self.positions * self.hidden + self.layers * block + self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes, by what they are for."""
+
+    base: int
+    """The frozen base model."""
+    merged: int
+    """The sampler's copy of the layers that have an adapter, merged."""
+    trained: int
+    """What is trained, with its gradient and the two moments of Adam, in float32."""
+    activations: int
+    """What the forward pass of one micro-batch keeps for the backward pass."""
+    head: int
+    """Logits of one piece."""
+    kv_cache: int
+    """Keys and values of the rows being sampled."""
+
+    @property
+    def total(self) -> int:
+        """The sum; training and sampling take turns, so of activations and cache only the larger counts."""
+        return self.base + self.merged + self.trained + self.head + max(self.activations, self.kv_cache)
+
+    def describe(self) -> str:
+        """One line, in GB, without what is nothing."""
+        parts = [(f.name.replace("_", " "), getattr(self, f.name)) for f in fields(self)]
+        listed = ", ".join(f"{name} {amount / 1e9:.2f}" for name, amount in parts if amount)
+        return f"{self.total / 1e9:.2f} GB ({listed})"
+
+
+def read_shape(directory: Path) -> Shape:
+    """The sizes in a model directory's config.json.
+
+    Raises:
+        ModelError: There is no config, or it lacks a size.
+    """
+    file = directory / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{directory} has no config.json; a model directory was wanted")
+    return shape(json.loads(file.read_text()))
+
+
+def shape(config: Mapping[str, Any]) -> Shape:
+    """The sizes in a config as it stands in config.json.
+
+    Raises:
+        ModelError: A size is missing.
+    """
+    config = config.get("text_config") or config
+
+    def get(*names: str, default: int | None = None) -> int:
+        for name in names:
+            if config.get(name) is not None:
+                return int(config[name])
+        if default is None:
+            raise ModelError(f"the config has no {' or '.join(names)}; memory cannot be estimated without it")
+        return default
+
+    hidden, heads = get("hidden_size", "n_embd"), get("num_attention_heads", "n_head")
+    learned = config.get("model_type") in ("gpt2", "gpt_bigcode", "opt")
+    return Shape(
+        layers=get("num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=get("num_key_value_heads", default=heads),
+        head_size=get("head_dim", default=hidden // heads),
+        intermediate=get("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+        gated=not learned and config.get("model_type") not in ("gpt_neox", "phi", "starcoder2", "persimmon"),
+        vocabulary=get("vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", learned)),
+        positions=get("n_positions", "max_position_embeddings") if learned else 0,
+        experts=get("num_local_experts", "num_experts", default=1),
+    )
+
+
+def estimate(
+    model: Shape,
+    *,
+    lora_rank: int | None = 16,
+    adapters: int = 1,
+    dtype: str = "float32",
+    micro_batch_tokens: int = 4096,
+    sampled_rows: int = 0,
+    row_tokens: int = 0,
+) -> Memory:
+    """Bytes that training and sampling take, allocator and Python aside.
+
+    Args:
+        model: Its sizes.
+        lora_rank: Of an adapter on every linear layer; None trains the whole model, on a copy.
+        adapters: Trained side by side on the one base.
+        dtype: Of the base.
+        micro_batch_tokens: Tokens in one forward and backward pass, after merging.
+        sampled_rows: Rows decoded at once; 0 samples nothing.
+        row_tokens: Prompt and answer of such a row.
+    """
+    size = BYTES[dtype]
+    linear = model.layers * sum(i * o for i, o in model.linears)
+    rank = lora_rank or 0
+    trained = adapters * (model.layers * rank * sum(i + o for i, o in model.linears) if rank else model.parameters)
+    kv_tokens = sampled_rows * row_tokens
+    return Memory(
+        base=model.parameters * size,
+        merged=(linear if rank else model.parameters) * size if sampled_rows else 0,
+        trained=trained * 4 * 4,
+        activations=micro_batch_tokens * model.layers * _kept_per_token(model, rank) * size,
+        head=HEAD_COPIES * HEAD_TOKENS * model.vocabulary * 4,
+        kv_cache=kv_tokens * model.layers * 2 * model.kv_heads * model.head_size * size,
+    )
+
+
+def _kept_per_token(model: Shape, rank: int) -> int:
+    """Numbers one layer keeps of one token: the inputs of its norms, products and linear layers."""
+    q, kv = model.heads * model.head_size, model.kv_heads * model.head_size
+    # Of norms their inputs and outputs; queries, keys, values and result; gate, its activation, up and their product.
+    norms, attention = 4 * model.hidden, 2 * q + 2 * kv
+    # Of many experts a token passes a few; two is usual.
+    mlp = min(model.experts, 2) * (4 if model.gated else 2) * model.intermediate
+    return norms + attention + mlp + rank * min(len(model.linears), 7)

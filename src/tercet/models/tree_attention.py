@@ -1,0 +1,136 @@
+"""Attention over a packed forest of sequences, registered with transformers under the name `tercet`.
+
+A model whose attention goes through transformers' `AttentionInterface` hands queries, keys and values of one packed row to
+`forest_attention`; the layout comes along as the keyword `layout`. A token sees itself, its ancestors in the trie, nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "tercet"
+
+
+class Layout(Protocol):
+    """What knows how the packed row attends."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Queries (heads, T, d), keys and values (kv_heads, T, d) -> (heads, T, d)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of the row, what it sees before itself, and the mask between: (end - start, ancestors + end - start)."""
+
+    start: int
+    end: int
+    ancestors: Tensor
+    bias: Tensor
+
+    def to(self, device: torch.device) -> Span:
+        """The same span on a device."""
+        return replace(self, ancestors=self.ancestors.to(device), bias=self.bias.to(device))
+
+
+@dataclass(frozen=True)
+class ForestLayout:
+    """Attention of whole sequences, for training and scoring."""
+
+    spans: tuple[Span, ...]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `Layout`."""
+        out: Tensor = _ForestAttention.apply(query, key, value, self.spans, scale)  # type: ignore[no-untyped-call]
+        return out
+
+
+def span(start: int, end: int, ancestors: Tensor, subtree_end: Tensor) -> Span:
+    """A span with its additive mask: 0 where the trie allows, minus infinity elsewhere."""
+    row = torch.arange(start, end)
+    ends = subtree_end[start:end]
+    inside = (row[None, :] <= row[:, None]) & (row[:, None] < ends[None, :])
+    seen = torch.cat([torch.ones(end - start, len(ancestors), dtype=torch.bool), inside], dim=1)
+    bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+    return Span(start, end, ancestors, bias)
+
+
+class _ForestAttention(torch.autograd.Function):
+    """Softmax attention, span by span. The weights are computed again in the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scale: float) -> Tensor:
+        out = torch.empty_like(query)
+        for part in spans:
+            q, k, v = _gather(query, key, value, part)
+            weights = _weights(q, k, part, scale)
+            out[:, part.start : part.end] = (weights @ v).reshape(query.shape[0], -1, query.shape[-1])
+        ctx.save_for_backward(query, key, value)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value = ctx.saved_tensors
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for part in ctx.spans:
+            q, k, v = _gather(query, key, value, part)
+            weights = _weights(q, k, part, ctx.scale)
+            grad_out = grads[0][:, part.start : part.end].reshape(q.shape)
+            grad_v = weights.transpose(1, 2) @ grad_out
+            grad_weights = grad_out @ v.transpose(1, 2)
+            grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * ctx.scale
+            grad_query[:, part.start : part.end] = (grad_scores @ k).reshape(query.shape[0], -1, query.shape[-1])
+            grad_k = grad_scores.transpose(1, 2) @ q
+            seen = len(part.ancestors)
+            if seen:
+                grad_key.index_add_(1, part.ancestors, grad_k[:, :seen])
+                grad_value.index_add_(1, part.ancestors, grad_v[:, :seen])
+            grad_key[:, part.start : part.end] += grad_k[:, seen:]
+            grad_value[:, part.start : part.end] += grad_v[:, seen:]
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _gather(query: Tensor, key: Tensor, value: Tensor, part: Span) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of a span (kv_heads, queries per kv head x tokens, d), and the keys and values it sees (kv_heads, seen, d)."""
+    own = slice(part.start, part.end)
+    q = query[:, own].reshape(key.shape[0], -1, query.shape[-1])
+    if len(part.ancestors) == 0:
+        return q, key[:, own], value[:, own]
+    return (
+        q,
+        torch.cat([key.index_select(1, part.ancestors), key[:, own]], dim=1),
+        torch.cat([value.index_select(1, part.ancestors), value[:, own]], dim=1),
+    )
+
+
+def _weights(q: Tensor, k: Tensor, part: Span, scale: float) -> Tensor:
+    scores = torch.matmul(q, k.transpose(1, 2)).mul_(scale)
+    scores.view(k.shape[0], -1, *part.bias.shape).add_(part.bias)
+    return torch.softmax(scores, dim=-1)
+
+
+def forest_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer; batch size is 1, the row is packed."""
+    if layout is None:
+        raise RuntimeError("a model made ready by tercet needs a layout; call it through tercet.engine")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = layout.attend(int(getattr(module, "layer_idx")), query[0], key[0], value[0], scale)  # noqa: B009
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, forest_attention)

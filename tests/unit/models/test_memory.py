@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tercet.engine.collate import forest
+from tercet.errors import ModelError
+from tercet.models import adapters, tree_attention
+from tercet.models.load import load_model
+from tercet.models.memory import estimate, read_shape, shape
+from tercet.models.tiny import tiny_model
+from tercet.types import LoraConfig
+
+# peft asks transformers by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+SMOLLM2 = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_the_parameters_of_smollm2_are_counted_exactly():
+    assert shape(SMOLLM2).parameters == 134_515_008
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2", "qwen3", "mistral", "olmo2", "gpt_neox", "mixtral"])
+def test_parameters_are_counted_to_two_percent(model_type):
+    config = AutoConfig.for_model(model_type)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    assert shape(json.loads(config.to_json_string(use_diff=False))).parameters == pytest.approx(wanted, rel=0.02)
+
+
+def test_an_adapter_and_its_optimizer_are_counted_exactly(tmp_path):
+    directory = tiny_model(tmp_path)
+    wrapped = adapters.add_adapter(load_model(str(directory)).model, "a", LoraConfig(rank=8), base="tiny", seed=0)
+    trained = sum(parameter.numel() for parameter in adapters.adapter_parameters(wrapped, "a").values())
+    assert estimate(read_shape(directory), lora_rank=8).trained == 16 * trained
+    assert estimate(read_shape(directory), lora_rank=8, adapters=2).trained == 32 * trained
+    whole = sum(parameter.numel() for parameter in wrapped.get_base_model().parameters()) - trained
+    assert estimate(read_shape(directory), lora_rank=None).trained == 16 * whole
+
+
+def test_activations_are_estimated_to_a_tenth(tmp_path):
+    directory = tiny_model(tmp_path, hidden=128)
+    loaded = load_model(str(directory))
+    wrapped = adapters.add_adapter(loaded.model, "a", LoraConfig(rank=16), base="tiny", seed=0)
+    weights = {parameter.data_ptr() for parameter in wrapped.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    packed = forest([list(range(3, 259))])
+    ends = torch.from_numpy(packed.subtree_end)
+    spans = (tree_attention.span(u.start, u.end, torch.from_numpy(u.ancestors), ends) for u in packed.units(256))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loaded.model.model(
+            input_ids=torch.from_numpy(packed.tokens)[None], position_ids=torch.from_numpy(packed.positions)[None],
+            use_cache=False, layout=tree_attention.ForestLayout(tuple(spans)),
+        )  # fmt: skip
+    measured = sum(size for size, _ in kept.values())
+    assert estimate(read_shape(directory), micro_batch_tokens=256).activations == pytest.approx(measured, rel=0.1)
+
+
+def test_the_cache_of_a_batch_is_two_numbers_a_head_and_token():
+    memory = estimate(shape(SMOLLM2), sampled_rows=128, row_tokens=200, dtype="bfloat16")
+    assert memory.kv_cache == 128 * 200 * 30 * 2 * 3 * 64 * 2
+    assert memory.merged == 2 * 30 * (576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536)
+
+
+def test_training_and_sampling_share_what_only_one_of_them_needs():
+    memory = estimate(shape(SMOLLM2), sampled_rows=128, row_tokens=200)
+    larger = max(memory.activations, memory.kv_cache)
+    assert memory.total == memory.base + memory.merged + memory.trained + memory.head + larger
+    assert memory.describe().startswith(f"{memory.total / 1e9:.2f} GB (base 0.54, merged 0.42,")
+
+
+def test_a_config_without_a_size_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ModelError, match="hidden_size or n_embd"):
+        shape({"num_hidden_layers": 2})
+    with pytest.raises(ModelError, match="no config.json"):
+        read_shape(tmp_path)
