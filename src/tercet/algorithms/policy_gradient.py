@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tercet.algorithms.advantages import Scale, advantages, is_constant
-from tercet.algorithms.rollouts import Answer, answer, length_metrics
+from tercet.algorithms.advantages import Scale, advantages
+from tercet.algorithms.rollout_metrics import kl_metrics, length_metrics, reward_metrics, sample_rows, sampler_metrics
+from tercet.algorithms.rollouts import Answer, answer, log_ratios, tournament_rewards
 from tercet.algorithms.steps import OptimConfig, learn, rows_of_step
 from tercet.chat.renderers import Renderer
 from tercet.engine.base import Sampler, Trainer
 from tercet.errors import ConfigError, TrainingError
 from tercet.rewards.judge import Judge, Verdict
-from tercet.rewards.tournament import Match, Pattern, flip_rate, matches, scores
+from tercet.rewards.tournament import Pattern, matches
 from tercet.runs.run import Run
-from tercet.types import Batch, Comparison, Conversation, SamplingParams
+from tercet.types import Batch, Conversation, SamplingParams
 
 # Sampler and trainer compute the same numbers by different routes; above this they are not the same model.
 LOGPROB_TOLERANCE = 0.02
@@ -73,7 +73,7 @@ class RLConfig(OptimConfig):
         matches(self.group_size, pattern=self.pattern, chunk=self.chunk)
         if not 1 <= self.substeps <= self.prompts_per_step:
             raise ConfigError(
-                f"substeps is {self.substeps}; it must be at least 1 and at most prompts_per_step ({self.prompts_per_step})"
+                f"substeps is {self.substeps}; it must be from 1 to prompts_per_step, which is {self.prompts_per_step}"
             )
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}; exploring needs it above 0 (1.0 is usual)")
@@ -97,7 +97,7 @@ def policy_gradient(
     *,
     trainer: Trainer,
     run: Run,
-    evaluate: Callable[[Sampler], Mapping[str, float]],
+    evaluate: Callable[[Sampler, int], Mapping[str, float]],
     seed: int,
 ) -> None:
     """Sample, judge, learn, from wherever the run stands.
@@ -110,7 +110,7 @@ def policy_gradient(
         reference: The policy at the start, for the KL.
         trainer: What learns.
         run: Where it is written down; its total steps are `config.steps`.
-        evaluate: Measures a policy.
+        evaluate: Measures a policy after so many steps.
         seed: Of the order and of every sample.
     """
     start = run.start()
@@ -121,12 +121,14 @@ def policy_gradient(
     for step in range(start.step, config.steps):
         clock = [time.monotonic()]
         sampler = synchronised(trainer)
-        measured = evaluate(sampler) if config.eval_every_steps and step % config.eval_every_steps == 0 else {}
+        measured = evaluate(sampler, step) if config.eval_every_steps and step % config.eval_every_steps == 0 else {}
         clock.append(time.monotonic())
         chosen = rows_of_step(prompts, step, config.prompts_per_step, seed=seed)
         groups = answer(chosen, sampler, renderer, config.sampling(renderer, seed + step), config.group_size)
         clock.append(time.monotonic())
-        rewards, judged = tournament_rewards(config, groups, judge)
+        rewards, judged = tournament_rewards(
+            groups, judge, pattern=config.pattern, chunk=config.chunk, format_penalty=config.format_penalty
+        )
         kl = log_ratios(groups, reference, config.temperature)
         penalised = [
             [r - config.kl_coef * sum(d) for r, d in zip(*pair, strict=True)] for pair in zip(rewards, kl, strict=True)
@@ -142,7 +144,7 @@ def policy_gradient(
             self_check(learned, kl)
         if run.save_is_due(step + 1):
             run.save(trainer, next_step=step + 1)
-    run.log(config.steps, evaluate(trainer.sampler()))
+    run.log(config.steps, evaluate(trainer.sampler(), config.steps))
     run.finish(trainer)
 
 
@@ -159,44 +161,6 @@ def synchronised(trainer: Trainer) -> Sampler:
     return sampler
 
 
-def tournament_rewards(
-    config: RLConfig, groups: Sequence[Sequence[Answer]], judge: Judge
-) -> tuple[list[list[float]], dict[str, float]]:
-    """Play every group's matches in one call to the judge; the mean margin, less the penalty, is the reward."""
-    played = matches(config.group_size, pattern=config.pattern, chunk=config.chunk)
-    shown = [Comparison(g[i].prompt, g[i].conversation, g[j].conversation) for g in groups for i, j in played]
-    flat = iter(judge.margins(shown))
-    margins: list[dict[Match, float]] = [{match: next(flat) for match in played} for _ in groups]
-    won = [scores(config.group_size, each) for each in margins]
-    penalty = config.format_penalty
-    rewards = [
-        [score - penalty * (each.termination != "stop") for score, each in zip(row, group, strict=True)]
-        for row, group in zip(won, groups, strict=True)
-    ]
-    answers = [each for group in groups for each in group]
-    flips = statistics.fmean(flip_rate(each) for each in margins)
-    return rewards, {
-        "win_minus_loss": statistics.fmean(abs(score) for row in won for score in row),
-        "format": statistics.fmean(each.termination == "stop" for each in answers),
-        **({"judge/flip_rate": flips} if config.pattern == "both_ways" else {}),
-    }
-
-
-def log_ratios(groups: Sequence[Sequence[Answer]], reference: Sampler, temperature: float) -> list[list[list[float]]]:
-    """For every token of every answer, how much likelier the policy finds it than the reference does, in nats.
-
-    Its sum over an answer estimates the KL divergence of the policy from the reference (the estimator k1).
-    """
-    answers = [each for group in groups for each in group]
-    sequences = [[*each.prompt_tokens, *each.completion.tokens] for each in answers]
-    theirs = reference.logprobs(sequences, [len(each.prompt_tokens) for each in answers], temperature).result()
-    flat = iter(
-        [p - q for p, q in zip(each.completion.logprobs, row, strict=True)]
-        for each, row in zip(answers, theirs, strict=True)
-    )
-    return [[next(flat) for _ in group] for group in groups]
-
-
 def learn_groups(
     config: RLConfig,
     groups: Sequence[Sequence[Answer]],
@@ -208,33 +172,21 @@ def learn_groups(
 ) -> dict[str, float]:
     """Deal the groups out among the substeps and take an optimizer step on each deal."""
     rows: list[dict[str, float]] = []
+    gaps: dict[str, float] = {}
     for part in range(config.substeps):
-        mine = range(part, len(groups), config.substeps)
-        pairs = [(each, a) for g in mine for each, a in zip(groups[g], advantage[g], strict=True)]
+        pairs = [
+            (each, a)
+            for g in range(part, len(groups), config.substeps)
+            for each, a in zip(groups[g], advantage[g], strict=True)
+        ]
         data = [each.datum(sampling_logprobs=each.completion.logprobs, advantages=a) for each, a in pairs]
         result = learn(trainer, Batch(data), config.loss, run, temperature=config.temperature)
         optim = trainer.optim_step(config.adam(step, config.steps)).result()
-        gaps = [
-            q - p
-            for (each, _), row in zip(pairs, result.logprobs, strict=True)
-            for q, p in zip(each.completion.logprobs, row[len(each.prompt_tokens) :], strict=True)
-        ]
-        rows.append({
-            **result.metrics,
-            "loss": result.loss,
-            "grad_norm": optim.grad_norm,
-            "learning_rate": optim.learning_rate,
-            "kl_sample_train_v1": statistics.fmean(gaps),
-            "kl_sample_train_v2": statistics.fmean(gap * gap for gap in gaps) / 2,
-            "sampling/sampling_logp_difference/max": max(map(abs, gaps)),
-        })  # fmt: skip
-    # What sampler and trainer disagree on before any step was taken is numerics; after that it is learning.
-    return {**{k: statistics.fmean(r[k] for r in rows) for k in rows[0]}, **_first(rows[0])}
-
-
-def _first(row: Mapping[str, float]) -> dict[str, float]:
-    keys = ("kl_sample_train_v1", "kl_sample_train_v2", "sampling/sampling_logp_difference/max")
-    return {f"{key}/first_substep": row[key] for key in keys[2:]} | {key: row[key] for key in keys}
+        learned = {"loss": result.loss, "grad_norm": optim.grad_norm, "learning_rate": optim.learning_rate}
+        rows.append({**result.metrics, **learned})
+        # Before any step is taken, what trainer and sampler disagree on is numerics; after that it is learning.
+        gaps = gaps or sampler_metrics([each for each, _ in pairs], result.logprobs)
+    return {**{key: statistics.fmean(row[key] for row in rows) for key in rows[0]}, **gaps}
 
 
 def self_check(learned: Mapping[str, float], kl: Sequence[Sequence[Sequence[float]]]) -> None:
@@ -244,53 +196,15 @@ def self_check(learned: Mapping[str, float], kl: Sequence[Sequence[Sequence[floa
         TrainingError: They are not.
     """
     gaps = {
-        "trainer and sampler": learned["sampling/sampling_logp_difference/max/first_substep"],
+        "trainer and sampler": learned["sampling/sampling_logp_difference/max"],
         "policy and reference": max(abs(d) for group in kl for each in group for d in each),
     }
     for who, gap in gaps.items():
         if gap > LOGPROB_TOLERANCE:
             raise TrainingError(
-                f"log-probs of {who} differ by up to {gap:.4f} nats before the first step (at most {LOGPROB_TOLERANCE} is "
-                "numerics): they are not the same model"
+                f"log-probs of {who} differ by up to {gap:.4f} nats before the first step (at most {LOGPROB_TOLERANCE} "
+                "is numerics): they are not the same model"
             )
-
-
-def reward_metrics(groups: Sequence[Sequence[Answer]], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Rewards, how many groups teach nothing, and whether length alone explains the reward."""
-    flat = [reward for row in rewards for reward in row]
-    lengths = [float(len(each.completion.tokens)) for group in groups for each in group]
-    return {
-        "reward": statistics.fmean(flat),
-        "reward_std": statistics.stdev(flat),
-        "frac_reward_zero_std": statistics.fmean(is_constant(row) for row in rewards),
-        "reward_length_correlation": _correlation(flat, lengths),
-    }
-
-
-def kl_metrics(kl: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
-    """KL to the reference per answer: the unbiased estimator k1, and k3, which is never negative (per token, summed)."""
-    sums = [(sum(d), sum(math.exp(-x) - 1 + x for x in d)) for group in kl for d in group]
-    return {"kl": statistics.fmean(k1 for k1, _ in sums), "kl_k3": statistics.fmean(k3 for _, k3 in sums)}
-
-
-def sample_rows(
-    groups: Sequence[Sequence[Answer]], rewards: Sequence[Sequence[float]], advantage: Sequence[Sequence[float]]
-) -> list[dict[str, object]]:
-    """What was sampled, as rows of `samples.jsonl`."""
-    return [
-        {
-            "group": g,
-            "index": i,
-            "prompt": [{"role": m.role, "content": m.content} for m in each.prompt],
-            "completion": each.message.content,
-            "reward": rewards[g][i],
-            "advantage": advantage[g][i],
-            "tokens": len(each.completion.tokens),
-            "stop_reason": each.completion.stop_reason,
-        }
-        for g, group in enumerate(groups)
-        for i, each in enumerate(group)
-    ]
 
 
 def times(clock: Sequence[float]) -> dict[str, float]:
@@ -298,8 +212,3 @@ def times(clock: Sequence[float]) -> dict[str, float]:
     names = ("time/eval_s", "time/sample_s", "time/judge_s", "time/train_s")
     parts = {name: b - a for name, (a, b) in zip(names, itertools.pairwise(clock), strict=True)}
     return {**parts, "time/step_s": clock[-1] - clock[0]}
-
-
-def _correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
-    constant = len(set(xs)) == 1 or len(set(ys)) == 1
-    return 0.0 if constant else statistics.correlation(xs, ys)

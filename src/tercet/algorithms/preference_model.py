@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,12 @@ from tercet.engine.base import Trainer
 from tercet.errors import ConfigError
 from tercet.evaluation.judges import agreement
 from tercet.rewards.judge import Judge
+from tercet.runs.durable import write_atomically
 from tercet.runs.run import Run
 from tercet.types import Batch, Comparison
+
+AGREEMENT_FILE = "agreement.json"
+"""In a run's folder: accuracy, calibration and consistency at the newest evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,10 @@ class PreferenceConfig(OptimConfig):
     """Held-out comparisons that are judged, at most."""
     max_length: int = 1024
     """Longest comparison in tokens; longer ones lose the beginning of their conversation."""
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; a small model needs a high one to leave the plateau at ln 2 early."""
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises to its peak."""
     pairs_per_step: int = 4
     """Comparisons per optimizer step; each is shown in both orders in the same step."""
     epochs: int = 1
@@ -76,8 +83,15 @@ def preference_model(
 
     def batch_of(step: int) -> Batch:
         rows = rows_of_step(data, step, config.pairs_per_step, epochs=config.epochs, seed=seed)
-        # Both orders in one step, so that no place is favoured; a model that sees one order a step stays at chance for long.
+        # Both orders in one step, so that no place is favoured; shown one a step, a model stays at chance for long.
         return Batch([renderer.datum(each) for row in rows for each in (row, row.swapped())])
+
+    def evaluate() -> dict[str, float]:
+        if not held_out:
+            return {}
+        found = agreement(Judge(trainer.sampler(), renderer), held_out)
+        write_atomically(run.directory / AGREEMENT_FILE, json.dumps(found.report(), indent=1))
+        return found.metrics()
 
     train(
         batch_of,
@@ -85,6 +99,6 @@ def preference_model(
         steps=config.steps(len(data)),
         trainer=trainer,
         run=run,
-        evaluate=lambda: agreement(Judge(trainer.sampler(), renderer), held_out).metrics() if held_out else {},
+        evaluate=evaluate,
         eval_every_steps=config.eval_every_steps,
     )

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from tercet.chat.renderers import Renderer, Termination
 from tercet.engine.base import Sampler
-from tercet.types import Completion, Conversation, Datum, Message, SamplingParams
+from tercet.rewards.judge import Judge
+from tercet.rewards.tournament import Match, Pattern, flip_rate, matches, scores
+from tercet.types import Comparison, Completion, Conversation, Datum, Message, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,48 @@ def answer(
     ]
 
 
-def length_metrics(answers: Sequence[Answer]) -> dict[str, float]:
-    """How long the answers are, in tokens, and how many were cut off."""
-    lengths = [len(each.completion.tokens) for each in answers]
-    ended = [len(each.completion.tokens) for each in answers if each.completion.stop_reason != "length"]
-    return {
-        "completions/mean_length": statistics.fmean(lengths),
-        "completions/clipped_ratio": 1 - len(ended) / len(lengths),
-        "completions/mean_terminated_length": statistics.fmean(ended) if ended else 0.0,
+def tournament_rewards(
+    groups: Sequence[Sequence[Answer]], judge: Judge, *, pattern: Pattern, chunk: int | None, format_penalty: float
+) -> tuple[list[list[float]], dict[str, float]]:
+    """Rewards of groups of one size, and what was seen of the judge; all matches are one call to it.
+
+    Args:
+        groups: Answers to each prompt.
+        judge: Decides.
+        pattern: See `matches`.
+        chunk: See `matches`.
+        format_penalty: Taken off the mean margin of an answer that did not end with its stop.
+    """
+    n = len(groups[0])
+    played = matches(n, pattern=pattern, chunk=chunk)
+    shown = [Comparison(g[i].prompt, g[i].conversation, g[j].conversation) for g in groups for i, j in played]
+    flat = iter(judge.margins(shown))
+    margins: list[dict[Match, float]] = [{match: next(flat) for match in played} for _ in groups]
+    won = [scores(n, each) for each in margins]
+    rewards = [
+        [score - format_penalty * (each.termination != "stop") for score, each in zip(row, group, strict=True)]
+        for row, group in zip(won, groups, strict=True)
+    ]
+    answers = [each for group in groups for each in group]
+    flips = statistics.fmean(flip_rate(each) for each in margins)
+    return rewards, {
+        "win_minus_loss": statistics.fmean(abs(score) for row in won for score in row),
+        "format": statistics.fmean(each.termination == "stop" for each in answers),
+        **({"judge/flip_rate": flips} if pattern == "both_ways" else {}),
     }
+
+
+def log_ratios(groups: Sequence[Sequence[Answer]], reference: Sampler, temperature: float) -> list[list[list[float]]]:
+    """For every token of every answer, how much likelier the policy finds it than the reference does, in nats.
+
+    Its sum over an answer estimates the KL divergence of the policy from the reference (the estimator k1).
+    """
+    answers = [each for group in groups for each in group]
+    sequences = [[*each.prompt_tokens, *each.completion.tokens] for each in answers]
+    starts = [len(each.prompt_tokens) for each in answers]
+    theirs = reference.logprobs(sequences, starts, temperature).result()
+    flat = iter(
+        [p - q for p, q in zip(each.completion.logprobs, row, strict=True)]
+        for each, row in zip(answers, theirs, strict=True)
+    )
+    return [[next(flat) for _ in group] for group in groups]

@@ -24,10 +24,10 @@ class SFTConfig(OptimConfig):
     test_rows: int = 64
     """Held-out conversations that are scored, at most."""
     train_on: str = "all_assistant_messages"
-    """What is learned: all_assistant_messages, last_assistant_message, last_assistant_turn, all_messages, all_tokens …"""
+    """What is learned: all_assistant_messages, last_assistant_message, last_assistant_turn, all_messages, …"""
     max_length: int = 1024
     """Longest conversation in tokens; longer ones are left out and counted."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     """Peak learning rate."""
     batch_size: int = 16
     """Conversations per optimizer step."""

@@ -1,4 +1,4 @@
-"""What every loop shares: learning rate by step, batches by step, one supervised loop. Functions you call, not a base class."""
+"""What every loop shares: learning rate by step, batches by step, one supervised loop. Functions, not a base class."""
 
 from __future__ import annotations
 

@@ -155,13 +155,21 @@ def machine(facts: Mapping[str, Any]) -> Iterator[Finding]:
 def memory(memory_gib: float) -> Finding:
     """Memory against what the default run will take of it."""
     from tercet.models.memory import estimate, shape
+    from tercet.recipes.rlhf import RLHFConfig
 
-    needed = estimate(shape(SMOLLM2), micro_batch_tokens=2048, sampled_rows=64, row_tokens=256)
+    run = RLHFConfig()
+    needed = estimate(
+        shape(SMOLLM2),
+        lora_rank=run.lora.rank,
+        micro_batch_tokens=run.micro_batch_tokens,
+        sampled_rows=min(run.max_rows, run.rl.completions_per_step),
+        row_tokens=run.rl.max_prompt_length + run.rl.max_tokens,
+    )
     needed_gib = (needed.total + PYTHON_BYTES) / 2**30
-    found = f"{memory_gib:g} GiB; the default run takes about {needed_gib:.1f} GiB"
+    found = f"{memory_gib:g} GiB; the default run takes at most about {needed_gib:.1f}"
     if memory_gib >= needed_gib:
         return Finding("memory", found)
-    return Finding("memory", found, "note", "lower the tokens per micro-batch, or close other programs")
+    return Finding("memory", found, "note", "tercet rlhf --micro-batch-tokens 1024 takes less")
 
 
 def disk(out: Path) -> Finding:

@@ -51,17 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tercet: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        print(
-            "\ntercet: interrupted; a run goes on from its last checkpoint when the same command is given again",
-            file=sys.stderr,
-        )
+        # A run that saved says where, and how to go on.
+        told = str(error) or "interrupted; a run goes on from its last checkpoint when the same command is given again"
+        print(f"\ntercet: {told}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        if debug:
+            raise
+        print(f"tercet: {error}; --debug shows where", file=sys.stderr)
+        return 1
 
 
 def load(verb: str) -> Verb:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     if config.action == "fetch":
         if config.name is None:
             raise UsageError("fetch what? For instance: tercet models fetch smollm2-135m")
-        from tercet.models import resolve
+        from tercet.models.names import resolve
 
         directory = resolve(config.name)
         print(f"{config.name} is in {directory} ({size_in_words(directory)})")

@@ -128,17 +128,28 @@ def _help(cls: type, prog: str, description: str) -> str:
         general.add_argument("--preset", metavar="NAME", help=f"start from these settings: {', '.join(presets)}")
     general.add_argument("--print-config", action="store_true", help="print the settings as YAML, and stop")
     general.add_argument("--help", action="store_true", help="print this, and stop")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for setting in found:
-        title = setting.name.rpartition(".")[0]
+    groups: dict[object, argparse._ArgumentGroup] = {}
+    # Its own settings first, then those of the classes it extends, then the groups inside it.
+    for setting in sorted(found, key=lambda each: ("." in each.name, _distance(each))):
+        title = setting.name.rpartition(".")[0] or _declarer(setting)
         if title not in groups:
-            about = _first_line(setting.owner) if title else ""
-            groups[title] = parser.add_argument_group(title or "settings", about)
+            name = title if isinstance(title, str) else "settings" if title is cls else _first_line(title).rstrip(".")
+            groups[title] = parser.add_argument_group(name, _first_line(setting.owner) if title == name else "")
         default = "required" if setting.default is UNSET else f"default: {_in_words(setting.default)}"
         text = " ".join([_docs(setting.owner).get(setting.name.rpartition(".")[2], ""), f"({default})"]).strip()
         flag = f"--{setting.name.replace('_', '-')}"
         groups[title].add_argument(flag, metavar=_metavar(setting.kind), help=text.replace("%", "%%"))
     return parser.format_help()
+
+
+def _distance(setting: Setting) -> int:
+    return 0 if "." in setting.name else setting.owner.__mro__.index(_declarer(setting))
+
+
+def _declarer(setting: Setting) -> type:
+    """The class whose body has the setting: a config may extend others."""
+    name = setting.name.rpartition(".")[2]
+    return next(c for c in setting.owner.__mro__ if name in inspect.get_annotations(c))
 
 
 def _place(setting: Setting) -> str:

@@ -95,7 +95,7 @@ class Engine(Protocol):
         ...
 
     def trainer(self, *, init: Weights | None = None, lora: LoraConfig | None = None, seed: int = 0) -> Trainer:
-        """New trainable weights: an adapter (`lora`), or the whole model (`lora=None`), starting from `init` or from the base."""
+        """New trainable weights: an adapter (`lora`) or the whole model (`lora=None`), from `init` or from the base."""
         ...
 
     def sampler(self, weights: Weights | None = None) -> Sampler:

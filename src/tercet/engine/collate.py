@@ -1,12 +1,13 @@
 """Sequences that share prefixes, laid out so that every shared prefix is computed once.
 
-`forest` merges sequences by exact token prefix into tries and lays them out depth first in one packed row. In that order
-the tokens below a token are one contiguous range after it, so a single number per token, `subtree_end`, says all about
-who sees whom: token t sees token u exactly when u <= t < subtree_end[u].
+`forest` merges sequences by exact token prefix into tries and lays them out depth first in one packed row. In that
+order the tokens below a token are one contiguous range after it, so a single number per token, `subtree_end`, says all
+about who sees whom: token t sees token u exactly when u <= t < subtree_end[u].
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Unit:
-    """A range of the row whose attention is computed together: it sees `ancestors`, and itself as far as the trie allows."""
+    """A range of the row attended to together: it sees `ancestors`, and itself as far as the trie allows."""
 
     start: int
     end: int
@@ -41,7 +42,7 @@ class Forest:
     """For each sequence, where its tokens lie in the row."""
 
     def units(self, max_tokens: int) -> list[Unit]:
-        """Cut the row into ranges for attention: neighbouring subtrees up to `max_tokens`, or a larger one's trunk alone."""
+        """Ranges for attention: neighbouring subtrees up to `max_tokens` together, or a larger one's trunk alone."""
         units: list[Unit] = []
         pending: list[tuple[int, int, IntArray]] = [(0, len(self.tokens), np.empty(0, dtype=np.int64))]
         while pending:
@@ -106,8 +107,8 @@ def _common_prefix(a: IntArray, b: IntArray) -> int:
 def micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
     """Indices of a batch's data in pieces of at most `max_tokens` tokens after merging, pairs kept together.
 
-    Neighbours in a piece share as much prefix as can be: rows are taken in the order of their tokens. A pair or a single
-    sequence above the budget is a piece of its own.
+    Neighbours in a piece share as much prefix as can be: rows are taken in the order of their tokens. A pair or a
+    single sequence above the budget is a piece of its own.
     """
     partner: dict[int, set[int]] = {i: {i} for i in range(len(batch.data))}
     for chosen, rejected in batch.pairs:
@@ -117,20 +118,22 @@ def micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
     bundles = {min(members): sorted(members) for members in map(frozenset, partner.values())}
     rows = [np.asarray(datum.tokens, dtype=np.int64) for datum in batch.data]
     order = sorted(bundles, key=lambda i: rows[i].tolist())
+    empty = np.empty(0, dtype=np.int64)
     piece: list[int] = []
-    tokens = 0
-    last = np.empty(0, dtype=np.int64)
+    tokens, last = 0, empty
     for first in order:
-        cost = 0
-        tail = last
-        for i in bundles[first]:
-            cost += len(rows[i]) - _common_prefix(tail, rows[i])
-            tail = rows[i]
+        members = [rows[i] for i in bundles[first]]
+        cost = _added_tokens(last, members)
         if piece and tokens + cost > max_tokens:
             yield piece
             piece, tokens = [], 0
-            cost = len(rows[first]) if len(bundles[first]) == 1 else cost
+            cost = _added_tokens(empty, members)
         piece = piece + bundles[first]
-        tokens, last = tokens + cost, tail
+        tokens, last = tokens + cost, members[-1]
     if piece:
         yield piece
+
+
+def _added_tokens(last: IntArray, rows: Sequence[IntArray]) -> int:
+    """Tokens that rows add after `last`, each sharing with the one before it; never less than what merging leaves."""
+    return sum(len(row) - _common_prefix(before, row) for before, row in itertools.pairwise([last, *rows]))

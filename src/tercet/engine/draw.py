@@ -20,8 +20,9 @@ def uniforms(seed: int, prompt: int, sample: int, n: int) -> np.ndarray:
 def draw(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (R,) and their log-probs (R,) from logits (R, V), with one uniform number (R,) each.
 
-    Temperature 0 takes the likeliest token, and gives its log-prob at temperature 1. With top-p, top-k or min-p the log-prob
-    is under what remains after them.
+    Temperature 0 takes the likeliest token, and gives its log-prob at temperature 1. With top-p, top-k or min-p the
+    log-prob is under what remains after them; each of the three looks at the whole distribution, and a token stays when
+    all let it.
     """
     logits = logits.float()
     if params.temperature == 0:

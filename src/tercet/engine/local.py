@@ -1,50 +1,33 @@
 """The engine on this machine: torch, on the CPU or one GPU.
 
-One base model is in memory. Trainers put adapters on it through peft. Frozen weights (a sampler's) are kept as small adapter
-tensors and merged, when they are used, into one work copy whose unadapted parts are the base's own tensors; so a policy,
-its reference and a judge together cost one base, one work copy and a few megabytes each.
+One base model is in memory. Trainers put adapters on it through peft. Frozen weights (a sampler's) are kept as small
+adapter tensors and merged, when they are used, into one work copy whose unadapted parts are the base's own tensors; so
+a policy, its reference and a judge together cost one base, one work copy and a few megabytes each.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tercet.engine import step
-from tercet.engine.sampler import MAX_ROWS, generate
+from tercet.engine.bodies import BodySampler, BodyTrainer, Budgets, Language, done, fingerprint
+from tercet.engine.sampler import MAX_ROWS
 from tercet.engine.step import Body
 from tercet.errors import CheckpointError, EngineError
 from tercet.models import adapters
 from tercet.models.load import LoadedModel
-from tercet.types import (
-    AdamParams,
-    Batch,
-    Completion,
-    Datum,
-    LoraConfig,
-    OptimResult,
-    SamplingParams,
-    StepResult,
-    TokenOutputs,
-    Weights,
-)  # fmt: skip
-
-Result = TypeVar("Result")
-OPTIMIZER_FILE = "optimizer.safetensors"
-GENERATOR_FILE = "generator.safetensors"
+from tercet.models.lora_linear import fuse
+from tercet.models.quiet import quiet
+from tercet.types import LoraConfig, Weights
 
 
 @dataclass(frozen=True)
@@ -53,10 +36,6 @@ class Frozen:
 
     lora: LoraConfig | None = None
     tensors: Mapping[str, Tensor] | None = None
-
-    def fingerprint(self) -> str:
-        """A hash of every byte."""
-        return _fingerprint(self.tensors or {})
 
 
 class LocalEngine:
@@ -74,7 +53,8 @@ class LocalEngine:
             max_rows: Completions decoded side by side.
         """
         self.loaded = loaded
-        self.micro_batch_tokens, self.score_tokens, self.max_rows = micro_batch_tokens, score_tokens, max_rows
+        self.budgets = Budgets(micro_batch_tokens=micro_batch_tokens, score_tokens=score_tokens, max_rows=max_rows)
+        self.language = Language(frozenset(loaded.eos_token_ids), lambda tokens: str(loaded.tokenizer.decode(tokens)))
         self.model = loaded.model
         self.peft: PeftModel | None = None
         self._adapters = 0
@@ -88,33 +68,47 @@ class LocalEngine:
     @property
     def context_tokens(self) -> int:
         """See `Engine`."""
-        return int(self.model.config.max_position_embeddings)
+        return self.loaded.context_tokens
 
     def trainer(
         self, *, init: Weights | None = None, lora: LoraConfig | None = None, seed: int = 0
     ) -> LoraTrainer | FullTrainer:
-        """See `Engine`. An adapter given as `init` brings its own rank and targets."""
+        """See `Engine`. An adapter given as `init` brings its own rank and targets.
+
+        Raises:
+            EngineError: `init` is a whole model, and an adapter was asked for.
+        """
         saved = None if init is None else self._frozen(init)
         if saved is not None and saved.lora is not None:
             lora = saved.lora
+        elif saved is not None and lora is not None:
+            raise EngineError(
+                f"{init} holds a whole model, but an adapter sits on the base: load it as the base model, or train "
+                "the whole model (lora=None)"
+            )
         if lora is None:
             return FullTrainer(self, None if saved is None else saved.tensors)
         name = f"adapter{self._adapters}"
         self._adapters += 1
         self.peft = adapters.add_adapter(self.peft or self.model, name, lora, base=self.loaded.name, seed=seed)
+        fuse(self.peft)
         trainer = LoraTrainer(self, name, lora)
         if saved is not None and saved.tensors is not None:
             adapters.set_adapter_tensors(self.peft, name, dict(saved.tensors))
         return trainer
 
-    def sampler(self, weights: Weights | None = None) -> LocalSampler:
+    def sampler(self, weights: Weights | None = None) -> BodySampler:
         """See `Engine`."""
-        return LocalSampler(self, Frozen() if weights is None else self._frozen(weights))
+        return self.frozen_sampler(Frozen() if weights is None else self._frozen(weights))
+
+    def frozen_sampler(self, frozen: Frozen) -> BodySampler:
+        """A sampler of weights that no longer change."""
+        return BodySampler(lambda: self.work_body(frozen), frozen.tensors or {}, self.language, self.budgets)
 
     def body(self, model: nn.Module) -> Body:
         """The parts of a model of the base's architecture."""
         trunk, head = getattr(model, self.model.base_model_prefix), model.get_output_embeddings()  # type: ignore[operator]
-        return Body(trunk, head, self._device())
+        return Body(trunk, head, self._device(), self.context_tokens)
 
     def work_body(self, frozen: Frozen) -> Body:
         """The work copy, holding the given weights."""
@@ -124,14 +118,16 @@ class LocalEngine:
         return self.body(self._work)
 
     def detached_copy(self, tensors: Mapping[str, Tensor] | None) -> PreTrainedModel:
-        """A trainable model of its own: the base's weights or the given ones."""
+        """A trainable model of its own, float32 whatever the base is: the base's weights or the given ones."""
         own = {
-            id(p): nn.Parameter((p if tensors is None else tensors[name]).detach().clone())
+            id(p): nn.Parameter((p if tensors is None else tensors[name]).detach().clone().float())
             for name, p in self._base.items()
         }
         memo = {id(p): own[id(p)] for p in self._base.values()}
         model: PreTrainedModel = copy.deepcopy(self._plain(), memo=dict(memo))
-        return model.requires_grad_(True).eval()
+        model.requires_grad_(True)
+        model.train(False)
+        return model
 
     def _plain(self) -> PreTrainedModel:
         """The work copy holding the base's weights: the base without adapters."""
@@ -169,130 +165,19 @@ class LocalEngine:
         return next(iter(self._base.values())).device
 
 
-class LocalSampler:
-    """See `tercet.engine.base.Sampler`."""
+class LoraTrainer(BodyTrainer):
+    """See `tercet.engine.base.Trainer`; the weights are one adapter's."""
 
-    def __init__(self, engine: LocalEngine, frozen: Frozen) -> None:
-        self.engine, self.frozen = engine, frozen
-
-    def sample(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
-    ) -> Future[list[list[Completion]]]:
-        """See `Sampler`."""
-        loaded = self.engine.loaded
-        return _done(
-            lambda: generate(
-                self.engine.work_body(self.frozen),
-                prompts,
-                params,
-                n,
-                context_tokens=self.engine.context_tokens,
-                eos=_eos_tokens(loaded),
-                decode=loaded.tokenizer.decode,
-                max_rows=self.engine.max_rows,
-            )
-        )
-
-    def logprobs(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, temperature: float = 1.0
-    ) -> Future[list[list[float]]]:
-        """See `Sampler`."""
-        begins = [1] * len(sequences) if starts is None else [max(1, start) for start in starts]
-        data = [
-            Datum(tokens, [0.0] * start + [1.0] * (len(tokens) - start))
-            for tokens, start in zip(sequences, begins, strict=True)
-        ]
-
-        def work() -> list[list[float]]:
-            body = self.engine.work_body(self.frozen)
-            out = step.forward(body, Batch(data), max_tokens=self.engine.score_tokens, temperature=temperature)
-            return [row[start:] for row, start in zip(out.logprobs, begins, strict=True)]
-
-        return _done(work)
-
-    def fingerprint(self) -> str:
-        """See `Sampler`."""
-        return self.frozen.fingerprint()
-
-
-class _LocalTrainer(ABC):
-    """What both kinds of trainer share: gradient, optimizer and their state."""
-
-    def __init__(self, engine: LocalEngine, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, engine: LocalEngine, name: str, lora: LoraConfig) -> None:
+        assert engine.peft is not None
+        super().__init__(adapters.adapter_parameters(engine.peft, name), engine.budgets)
         self.engine = engine
-        self.parameters = dict(parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0)
+        self.name, self.lora, self.peft = name, lora, engine.peft
 
     @property
     def context_tokens(self) -> int:
         """See `Trainer`."""
         return self.engine.context_tokens
-
-    @abstractmethod
-    def body(self) -> Body:
-        """The model with these weights active."""
-
-    def forward_backward(self, batch: Batch, loss: str, **settings: float) -> Future[StepResult]:
-        """See `Trainer`. The setting `temperature` is that of the policy's distribution."""
-        budget = self.engine.micro_batch_tokens
-        return _done(lambda: step.forward_backward(self.body(), batch, loss, max_tokens=budget, **settings))
-
-    def forward(self, batch: Batch, *, temperature: float = 1.0) -> Future[TokenOutputs]:
-        """See `Trainer`."""
-        budget = self.engine.score_tokens
-        return _done(lambda: step.forward(self.body(), batch, max_tokens=budget, temperature=temperature))
-
-    def optim_step(self, params: AdamParams) -> Future[OptimResult]:
-        """See `Trainer`."""
-        return _done(lambda: self._optim_step(params))
-
-    def _optim_step(self, params: AdamParams) -> OptimResult:
-        for group in self.optimizer.param_groups:
-            group["lr"], group["eps"] = params.learning_rate, params.eps
-            group["betas"], group["weight_decay"] = (params.beta1, params.beta2), params.weight_decay
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        limit = float("inf") if params.max_grad_norm is None else params.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return OptimResult(norm, params.learning_rate)
-
-    def _save_state(self, directory: Path) -> None:
-        state = {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        save_file(state, directory / OPTIMIZER_FILE)
-        save_file({"cpu": torch.random.get_rng_state()}, directory / GENERATOR_FILE)
-
-    def _load_state(self, directory: Path) -> None:
-        try:
-            state = load_file(directory / OPTIMIZER_FILE)
-            generator = load_file(directory / GENERATOR_FILE)["cpu"]
-        except (OSError, KeyError) as error:
-            raise CheckpointError(f"{directory} has no optimizer state to go on from: {error}") from error
-        for name, parameter in self.parameters.items():
-            keys = [key for key in state if key.rpartition(".")[0] == name]
-            # The step counter stays on the CPU: torch reads it there.
-            self.optimizer.state[parameter] = {
-                key.rpartition(".")[2]: state[key] if key.endswith(".step") else state[key].to(parameter.device)
-                for key in keys
-            }
-            if not keys:
-                del self.optimizer.state[parameter]
-        torch.random.set_rng_state(generator)
-
-
-class LoraTrainer(_LocalTrainer):
-    """See `tercet.engine.base.Trainer`; the weights are one adapter's."""
-
-    def __init__(self, engine: LocalEngine, name: str, lora: LoraConfig) -> None:
-        assert engine.peft is not None
-        super().__init__(engine, adapters.adapter_parameters(engine.peft, name))
-        self.name, self.lora, self.peft = name, lora, engine.peft
 
     def body(self) -> Body:
         """The base with this adapter active."""
@@ -300,23 +185,23 @@ class LoraTrainer(_LocalTrainer):
             self.peft.set_adapter(self.name)
         return self.engine.body(self.engine.model)
 
-    def sampler(self) -> LocalSampler:
+    def sampler(self) -> BodySampler:
         """See `Trainer`."""
-        return LocalSampler(self.engine, Frozen(self.lora, adapters.adapter_tensors(self.peft, self.name)))
+        return self.engine.frozen_sampler(Frozen(self.lora, adapters.adapter_tensors(self.peft, self.name)))
 
     def fingerprint(self) -> str:
         """See `Trainer`."""
-        return _fingerprint(adapters.adapter_tensors(self.peft, self.name))
+        return fingerprint(adapters.adapter_tensors(self.peft, self.name))
 
     def save(self, directory: Path) -> Future[Weights]:
         """See `Trainer`."""
 
         def work() -> Weights:
             adapters.save_adapter(self.peft, self.name, directory)
-            self._save_state(directory)
+            self.save_state(directory)
             return Weights(directory)
 
-        return _done(work)
+        return done(work)
 
     def load(self, weights: Weights) -> Future[None]:
         """See `Trainer`."""
@@ -324,39 +209,46 @@ class LoraTrainer(_LocalTrainer):
         def work() -> None:
             _, tensors = adapters.read_adapter(weights.path)
             adapters.set_adapter_tensors(self.peft, self.name, tensors)
-            self._load_state(weights.path)
+            self.load_state(weights.path)
 
-        return _done(work)
+        return done(work)
 
 
-class FullTrainer(_LocalTrainer):
+class FullTrainer(BodyTrainer):
     """See `tercet.engine.base.Trainer`; the weights are a copy of the whole model's, float32."""
 
     def __init__(self, engine: LocalEngine, tensors: Mapping[str, Tensor] | None) -> None:
         self.model = engine.detached_copy(tensors)
-        super().__init__(engine, dict(sorted(self.model.named_parameters())))
+        super().__init__(dict(sorted(self.model.named_parameters())), engine.budgets)
+        self.engine = engine
+
+    @property
+    def context_tokens(self) -> int:
+        """See `Trainer`."""
+        return self.engine.context_tokens
 
     def body(self) -> Body:
         """The model."""
         return self.engine.body(self.model)
 
-    def sampler(self) -> LocalSampler:
+    def sampler(self) -> BodySampler:
         """See `Trainer`."""
-        return LocalSampler(self.engine, Frozen(None, self._tensors(copied=True)))
+        return self.engine.frozen_sampler(Frozen(None, self._tensors(copied=True)))
 
     def fingerprint(self) -> str:
         """See `Trainer`."""
-        return _fingerprint(self._tensors(copied=False))
+        return fingerprint(self._tensors(copied=False))
 
     def save(self, directory: Path) -> Future[Weights]:
         """See `Trainer`."""
 
         def work() -> Weights:
-            self.model.save_pretrained(directory, max_shard_size="100GB")
-            self._save_state(directory)
+            with quiet():
+                self.model.save_pretrained(directory, max_shard_size="100GB")
+            self.save_state(directory)
             return Weights(directory)
 
-        return _done(work)
+        return done(work)
 
     def load(self, weights: Weights) -> Future[None]:
         """See `Trainer`."""
@@ -366,13 +258,14 @@ class FullTrainer(_LocalTrainer):
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     parameter.copy_(tensors[name])
-            self._load_state(weights.path)
+            self.load_state(weights.path)
 
-        return _done(work)
+        return done(work)
 
     def _tensors(self, *, copied: bool) -> dict[str, Tensor]:
-        named = self.model.named_parameters(remove_duplicate=False)
-        return {name: p.detach().clone() if copied else p.detach() for name, p in named}
+        # Once for each parameter: a tied one has two names.
+        own = {id(p): p.detach().clone() if copied else p.detach() for p in self.model.parameters()}
+        return {name: own[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False)}
 
 
 def _whole(saved: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -382,33 +275,3 @@ def _whole(saved: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, 
     if missing:
         raise CheckpointError(f"the saved model lacks {missing[0]} and {len(missing) - 1} more; it is of another model")
     return {name: by_storage[tensor.data_ptr()].to(tensor.device) for name, tensor in wanted.items()}
-
-
-def _eos_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """Every token that ends a text, lists included."""
-    found: set[int] = set()
-    generation = getattr(loaded.model, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), loaded.tokenizer.eos_token_id):
-        if isinstance(value, int):
-            found.add(value)
-        elif value is not None:
-            found.update(int(token) for token in value)
-    return frozenset(found)
-
-
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensors[name].detach().cpu().numpy()).tobytes())
-    return digest.hexdigest()
-
-
-def _done(work: Callable[[], Result]) -> Future[Result]:
-    """Do the work now. A future that is already done keeps the order of requests without a thread."""
-    future: Future[Result] = Future()
-    try:
-        future.set_result(work())
-    except Exception as error:
-        future.set_exception(error)
-    return future

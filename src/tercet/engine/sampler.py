@@ -129,7 +129,6 @@ def generate(
     params: SamplingParams,
     n: int,
     *,
-    context_tokens: int,
     eos: frozenset[int],
     decode: Callable[[list[int]], str],
     max_rows: int = MAX_ROWS,
@@ -141,7 +140,6 @@ def generate(
         prompts: Token ids.
         params: How to draw.
         n: Completions a prompt.
-        context_tokens: The longest sequence the model takes.
         eos: Tokens that end a text for this model.
         decode: Tokens -> text, for stop strings.
         max_rows: Rows decoded side by side.
@@ -149,6 +147,7 @@ def generate(
     Raises:
         EngineError: A prompt is empty or leaves no room for `max_tokens`.
     """
+    context_tokens = body.context_tokens
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= context_tokens - params.max_tokens:
             raise EngineError(
@@ -198,7 +197,8 @@ class _Loop:
             free -= len(taken[-1][1])
             tokens += len(self.prompts[taken[-1][0]])
         packed = forest([self.prompts[i] for i, _ in taken])
-        owners, fresh = [], []
+        owners: list[tuple[int, ...]] = []
+        fresh: list[_Row] = []
         for i, samples in taken:
             at = len(self.active) + len(fresh)
             owners.append(tuple(range(at, at + len(samples))))

@@ -1,12 +1,13 @@
 """The one place where a model meets a loss: batch -> log-probs -> loss -> backward.
 
-Normalisation happens here and only here, by the weight of the whole batch over all its micro-batches, so that the gradient
-does not depend on how the batch is split.
+Normalisation happens here and only here, by the weight of the whole batch over all its micro-batches, so that the
+gradient does not depend on how the batch is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,7 @@ class Body:
     trunk: nn.Module
     head: nn.Linear
     device: torch.device
+    context_tokens: int
 
     def hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
         """Last hidden states (T, D) of one packed row (T,)."""
@@ -55,13 +57,15 @@ def forest_layout(packed: Forest, device: torch.device) -> ForestLayout:
     )
 
 
-def predicted(packed: Forest, wanted: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+def predicted(
+    packed: Forest, sequences: Sequence[Sequence[int]], wanted: Sequence[np.ndarray]
+) -> tuple[Tensor, Tensor]:
     """Where in the row the wanted tokens are predicted from, and which tokens they are.
 
     `wanted[i]` holds the positions t >= 1 of sequence i; the token at t is predicted from the hidden state at t - 1.
     """
     sources = [path[t - 1] for path, t in zip(packed.paths, wanted, strict=True)]
-    targets = [packed.tokens[path[t]] for path, t in zip(packed.paths, wanted, strict=True)]
+    targets = [np.asarray(tokens, dtype=np.int64)[t] for tokens, t in zip(sequences, wanted, strict=True)]
     return torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(targets))
 
 
@@ -69,8 +73,9 @@ def sequence_logprobs(
     body: Body, sequences: Sequence[Sequence[int]], wanted: Sequence[np.ndarray], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the wanted tokens of all sequences, one after another (N,)."""
-    packed = forest(sequences)
-    sources, targets = predicted(packed, wanted)
+    # Nothing is predicted from a sequence's last token, so it is not computed: two labels of one comparison become one path.
+    packed = forest([tokens[:-1] if len(tokens) > 1 else tokens for tokens in sequences])
+    sources, targets = predicted(packed, sequences, wanted)
     hidden = body.hidden(packed.tokens, packed.positions, forest_layout(packed, body.device))
     return token_logprobs(hidden[sources.to(body.device)], targets.to(body.device), body.head, temperature)
 
@@ -89,10 +94,12 @@ def forward_backward(
         settings: Passed to the loss.
 
     Raises:
-        EngineError: The loss is unknown, or the batch lacks a stream it needs.
+        EngineError: The loss or a setting of it is unknown; the batch lacks a stream that the loss needs; a sequence is
+            empty, longer than the model takes, or has a token that the model does not know.
         TrainingError: The loss is not finite.
     """
-    loss = _checked_loss(loss_name, batch)
+    _check_tokens(body, batch)
+    loss = _checked_loss(loss_name, batch, settings)
     normaliser = _normaliser(loss, batch)
     total = 0.0
     sums: dict[str, float] = {}
@@ -122,7 +129,12 @@ def forward_backward(
 
 
 def forward(body: Body, batch: Batch, *, max_tokens: int, temperature: float = 1.0) -> TokenOutputs:
-    """Log-probs and entropies where weights are not zero, without gradient."""
+    """Log-probs and entropies where weights are not zero, without gradient.
+
+    Raises:
+        EngineError: A sequence is empty, longer than the model takes, or has a token that the model does not know.
+    """
+    _check_tokens(body, batch)
     logprobs: list[list[float]] = [[] for _ in batch.data]
     entropies: list[list[float]] = [[] for _ in batch.data]
     with torch.inference_mode():
@@ -138,10 +150,24 @@ def forward(body: Body, batch: Batch, *, max_tokens: int, temperature: float = 1
     return TokenOutputs(logprobs, entropies)
 
 
-def _checked_loss(name: str, batch: Batch) -> Loss:
+def _check_tokens(body: Body, batch: Batch) -> None:
+    vocabulary = body.head.out_features
+    for i, tokens in enumerate(datum.tokens for datum in batch.data):
+        if not 0 < len(tokens) <= body.context_tokens:
+            raise EngineError(f"datum {i} has {len(tokens)} tokens; the model takes from 1 to {body.context_tokens}")
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+            raise EngineError(f"datum {i} has the token {wrong}; the model knows 0 to {vocabulary - 1}")
+
+
+def _checked_loss(name: str, batch: Batch, settings: Mapping[str, float]) -> Loss:
     if name not in LOSSES:
         raise EngineError(f"there is no loss {name!r}; there are {', '.join(sorted(LOSSES))}")
     loss = LOSSES[name]
+    accepted = inspect.signature(loss.function).parameters.keys() - {"logprobs", *loss.streams}
+    if not settings.keys() <= accepted:
+        unknown, known = min(settings.keys() - accepted), ", ".join(sorted(accepted)) or "none"
+        raise EngineError(f"the loss {name} has no setting {unknown!r}; it has {known}")
     for i, datum in enumerate(batch.data):
         for stream in loss.streams:
             if stream not in datum.streams:
@@ -161,7 +187,7 @@ def _normaliser(loss: Loss, batch: Batch) -> float:
 
 def _padded(flat: Tensor, wanted: Sequence[np.ndarray]) -> Tensor:
     """(N,) -> (B, T): each row's wanted tokens from the left; what is beyond them is 0 and has no weight."""
-    return nn.utils.rnn.pad_sequence(list(flat.split([len(t) for t in wanted])), batch_first=True)
+    return nn.utils.rnn.pad_sequence(list(torch.split(flat, [len(t) for t in wanted])), batch_first=True)
 
 
 def _padded_stream(values: Sequence[Sequence[float]], wanted: Sequence[np.ndarray], device: torch.device) -> Tensor:

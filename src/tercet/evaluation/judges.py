@@ -36,12 +36,13 @@ class Agreement:
     accuracy: float
     accuracy_both: float
     ece: float
-    """Expected calibration error: mean distance of confidence and accuracy, weighted by how many verdicts (Guo et al. 2017)."""
+    """Expected calibration error (Guo et al. 2017): distance of confidence and accuracy, weighted by verdicts."""
     flip_rate: float
-    """Share of comparisons whose verdict changes when the places do."""
+    """Share of comparisons whose verdict is for the same place in both orders."""
     accuracy_short_chosen: float
     """Accuracy (both orders) where the better answer is the shorter one."""
     accuracy_long_chosen: float
+    """Accuracy (both orders) where it is not; NaN, as the other, where there are no such comparisons."""
     calibration: list[CalibrationBin]
 
     def metrics(self) -> dict[str, float]:
@@ -75,7 +76,7 @@ def agreement(judge: Judge, comparisons: Sequence[Comparison]) -> Agreement:
         accuracy=statistics.fmean(p > 0.5 for p in right),
         accuracy_both=statistics.fmean(both),
         ece=_ece(calibration(right), len(right)),
-        flip_rate=statistics.fmean((a.a_share > 0.5) == (b.a_share > 0.5) for a, b in zip(first, second, strict=True)),
+        flip_rate=statistics.fmean(a.margin * b.margin > 0 for a, b in zip(first, second, strict=True)),
         accuracy_short_chosen=_mean_where(both, shorter, True),
         accuracy_long_chosen=_mean_where(both, shorter, False),
         calibration=calibration(right),

@@ -13,13 +13,15 @@ from tercet.types import Comparison, Conversation
 
 @dataclass(frozen=True)
 class WinRate:
-    """Mean score over prompts: 1 for a win in both orders, 0 for a loss in both, 0.5 where the order decides."""
+    """Share of prompts on which the judge, its two orders averaged, prefers the policy's answer; a tie is half a win."""
 
     win_rate: float
     stderr: float
     n: int
     mean_margin: float
     """Mean preference in [-1, 1], which also says by how much."""
+    consistent: float = 1.0
+    """Share of the prompts with unequal answers on which both orders give the same verdict."""
 
     @property
     def low(self) -> float:
@@ -47,10 +49,10 @@ def win_rate(
     answers: Sequence[Conversation],
     baseline: Sequence[Conversation],
 ) -> WinRate:
-    """Judge each answer against the baseline's in both orders.
+    """Judge each answer against the baseline's in both orders; the sign of the mean margin decides, as in a tournament.
 
-    With r the verdict (+1: shown second wins) the score of a prompt is (r(baseline first) - r(policy first) + 2) / 4, the
-    cookbook's. Equal answers are a tie, whatever the judge says.
+    A preference for a place cancels. With a hard judge verdicts that contradict each other are a tie, as in the
+    cookbook. Equal answers are a tie, whatever the judge says.
 
     Raises:
         ValueError: There are no prompts.
@@ -58,15 +60,15 @@ def win_rate(
     if not prompts:
         raise ValueError("there are no prompts to compare answers on")
     shown = [Comparison(p, b, a) for p, a, b in zip(prompts, answers, baseline, strict=True)]
-    margins = judge.margins([each for comparison in shown for each in (comparison, comparison.swapped())])
-    scores, means = [], []
-    for comparison, policy_second, policy_first in zip(shown, margins[::2], margins[1::2], strict=True):
-        tie = comparison.a == comparison.b
-        scores.append(0.5 if tie else (_sign(policy_second) - _sign(policy_first) + 2) / 4)
-        means.append(0.0 if tie else (policy_second - policy_first) / 2)
+    different = [each for each in shown if each.a != each.b]
+    margins = judge.margins([each for comparison in different for each in (comparison, comparison.swapped())])
+    ties = len(shown) - len(different)
+    scores, means = [0.5] * ties, [0.0] * ties
+    for policy_second, policy_first in zip(margins[::2], margins[1::2], strict=True):
+        means.append((policy_second - policy_first) / 2)
+        scores.append(0.5 if means[-1] == 0 else float(means[-1] > 0))
+    agreeing = sum((a > 0) != (b > 0) for a, b in zip(margins[::2], margins[1::2], strict=True))
     spread = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.5
-    return WinRate(statistics.fmean(scores), spread, len(scores), statistics.fmean(means))
-
-
-def _sign(margin: float) -> int:
-    return (margin > 0) - (margin < 0)
+    return WinRate(
+        statistics.fmean(scores), spread, len(scores), statistics.fmean(means), agreeing / max(1, len(different))
+    )

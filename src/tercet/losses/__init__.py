@@ -16,8 +16,8 @@ Reduction = Literal["sum", "token_mean", "row_mean"]
 class Loss:
     """How a pure function is fed and how its values become one number.
 
-    `sum` adds weight x value over every token (Tinker's convention); `token_mean` divides that by the weight of the whole
-    batch; `row_mean` divides by the number of sequences that have a weight.
+    `sum` adds weight x value over every token (Tinker's convention); `token_mean` divides that by the weight of the
+    whole batch; `row_mean` divides by the number of sequences that have a weight.
     """
 
     function: Callable[..., Any]

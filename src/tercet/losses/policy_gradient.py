@@ -54,7 +54,15 @@ def cispo_loss(
     ratio_min: float = 0.0,
     ratio_max: float = 4.0,
 ) -> tuple[Float[Tensor, "B T"], dict[str, Float[Tensor, "B T"]]]:
-    """MiniMax-M1 (arXiv:2506.13585), equation 4: the ratio is a bounded weight without gradient, so no token is dropped."""
+    """MiniMax-M1 (arXiv:2506.13585), equation 4: the ratio is a bounded weight without gradient; no token is dropped.
+
+    Args:
+        logprobs: Of the policy being trained.
+        sampling_logprobs: Of the policy that sampled.
+        advantages: How much better than expected the token's answer was.
+        ratio_min: The weight is at least this …
+        ratio_max: … and at most this, which is the bound itself, not one plus it.
+    """
     ratio = _ratio(logprobs, sampling_logprobs).detach()
     bounded = ratio.clamp(ratio_min, ratio_max)
     return -bounded * logprobs * advantages, {"ratio": ratio, "clip_ratio": (bounded != ratio).to(ratio.dtype)}

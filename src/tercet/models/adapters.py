@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import peft
@@ -39,17 +40,19 @@ def add_adapter(
     torch.manual_seed(seed)
     settings = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number works; the annotation says int
         lora_dropout=0.0,
         target_modules=config.targets[0] if config.targets == ("all-linear",) else list(config.targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
     try:
-        if isinstance(model, peft.PeftModel):
-            model.add_adapter(name, settings)
-        else:
-            model = peft.PeftModel(model, settings, adapter_name=name)
+        # peft warns of its own calls to transformers, and that GPT-2 keeps its weights as (in, out), which it finds out.
+        with warnings.catch_warnings(action="ignore"):
+            if isinstance(model, peft.PeftModel):
+                model.add_adapter(name, settings)
+            else:
+                model = peft.PeftModel(model, settings, adapter_name=name)
     except ValueError as error:
         raise ConfigError(f"no adapter could be put on {base}: {error}; see the names of its layers") from error
     finally:
@@ -131,7 +134,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def weight_updates(config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """For each adapted layer of the base (by its name there): (B, A, scale); the layer's weight grows by scale x B A."""
+    """For each adapted layer of the base, by its name there, (B, A, scale): its weight grows by scale x B A."""
     prefix, down = "base_model.model.", ".lora_A.weight"
     return {
         key.removeprefix(prefix).removesuffix(down): (
@@ -145,7 +148,7 @@ def weight_updates(config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, 
 
 
 def merged(layer: torch.nn.Module, weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """The layer's weight with an update worked in: W + scale x B A, in the layer's own orientation, summed in float32."""
+    """The layer's weight with an update worked in: W + scale x B A, in the layer's orientation, summed in float32."""
     update = up.float() @ down.float()
     if isinstance(layer, Conv1D):  # GPT-2 keeps (in, out)
         update = update.T

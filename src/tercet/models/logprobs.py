@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# 256 rows of a 50,000-token vocabulary are 50 MB in float32: large enough for full matmul speed, small beside any model.
+# 256 rows of a 50,000-token vocabulary are 50 MB in float32: enough for full matmul speed, small beside any model.
 CHUNK_TOKENS = 256
 
 
@@ -18,8 +18,8 @@ def token_logprobs(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Log-prob of each target, and the entropy of its distribution (without gradient), in float32.
 
-    Logits are made float32 before they are divided by the temperature. A temperature of 0 stands for greedy sampling, whose
-    log-probs are those of temperature 1.
+    Logits are made float32 (float64 ones stay so) before they are divided by the temperature. A temperature of 0 stands
+    for greedy sampling, whose log-probs are those of temperature 1.
 
     Args:
         hidden: Last hidden states, one per token to predict.
@@ -36,18 +36,22 @@ def token_logprobs(
     else:
         parts = [checkpoint(_chunk, h, t, head, divisor, use_reentrant=False) for h, t in _chunks(hidden, targets)]
     if not parts:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+        return _precise(hidden.new_zeros(0)), _precise(hidden.new_zeros(0))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def _chunks(hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
     if len(targets) == 0:
         return []
-    return list(zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True))
+    return list(zip(torch.split(hidden, CHUNK_TOKENS), torch.split(targets, CHUNK_TOKENS), strict=True))
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _chunk(hidden: Tensor, targets: Tensor, head: nn.Module, divisor: float) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float() / divisor
+    logits = _precise(head(hidden)) / divisor
     log_total = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_total
     with torch.no_grad():
@@ -59,15 +63,15 @@ def _chunk(hidden: Tensor, targets: Tensor, head: nn.Module, divisor: float) -> 
 class _FrozenHead(torch.autograd.Function):
     """The gradient of each log-prob with respect to its hidden state, found while the logits are at hand.
 
-    A log-prob is one number, so its gradient is one vector a token: W[target] minus the mean of W under the distribution.
-    Keeping that vector spares both the logits and a second pass through the head.
+    A log-prob is one number, so its gradient is one vector a token: W[target] minus the mean of W under the
+    distribution. Keeping that vector spares both the logits and a second pass through the head.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, divisor: float) -> tuple[Tensor, Tensor]:
         logprobs, entropies, directions = [], [], []
         for h, t in _chunks(hidden, targets):
-            logits = torch.nn.functional.linear(h, head.weight, head.bias).float() / divisor
+            logits = _precise(torch.nn.functional.linear(h, head.weight, head.bias)) / divisor
             log_total = torch.logsumexp(logits, dim=-1)
             logprobs.append(logits.gather(-1, t[:, None])[:, 0] - log_total)
             probabilities = torch.exp(logits - log_total[:, None])
@@ -75,9 +79,11 @@ class _FrozenHead(torch.autograd.Function):
             mean = probabilities.to(head.weight.dtype) @ head.weight
             directions.append((head.weight[t] - mean) / divisor)
         if not logprobs:
-            empty = hidden.new_zeros(0, dtype=torch.float32)
+            nothing = _precise(hidden.new_zeros(0))
+            entropy = nothing.clone()
+            ctx.mark_non_differentiable(entropy)
             ctx.save_for_backward(torch.zeros_like(hidden))
-            return empty, empty.clone()
+            return nothing, entropy
         ctx.save_for_backward(torch.cat(directions))
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)

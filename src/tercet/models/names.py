@@ -40,17 +40,17 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
     """The directory of a model; fetched into a cache first where it must be.
 
     Args:
-        name: A local directory, a built-in name, or a hub id such as `Qwen/Qwen3-0.6B`. A local directory goes first.
+        name: A built-in name, a local directory, or a hub id such as `Qwen/Qwen3-0.6B`; the first of these that it is.
         trust_remote_code: Fetch the model's own Python files too.
 
     Raises:
         ModelError: There is no such model, it cannot be fetched, or it is not a whole model.
     """
+    if name in BUILTIN:
+        return checked(BUILTIN[name].make(), name)
     local = Path(name).expanduser()
     if local.is_dir():
         return checked(local, name)
-    if name in BUILTIN:
-        return checked(BUILTIN[name].make(), name)
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
         raise ModelError(f"there is no directory {local}; a model is {_choices()}")
     near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.75)

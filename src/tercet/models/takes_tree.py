@@ -1,9 +1,9 @@
 """Which models can compute a packed forest of sequences, and why another cannot.
 
 A forest is right only where nothing but attention mixes tokens, attention goes through transformers'
-`AttentionInterface` with no term of its own, every layer sees the whole context, and the head's output is the logits. Nothing in a config says all of
-that, so the architectures are listed by name, each one compared with its plain forward by a test; what can differ inside one
-is read from the config.
+`AttentionInterface` with no term of its own, every layer sees the whole context, and the head's output is the logits.
+Nothing in a config says all of that, so the architectures are listed by name, each one compared with its plain forward
+by a test; what can differ inside one is read from the config.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tercet.errors import ModelError
 ARCHITECTURES = frozenset({
     "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma3_text", "glm",
     "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "granitemoe", "helium", "hunyuan_v1_dense",
-    "jais2", "lfm2", "llama", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "olmo",
+    "jais2", "llama", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "olmo",
     "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 })  # fmt: skip

@@ -1,7 +1,8 @@
 """Attention over a packed forest of sequences, registered with transformers under the name `tercet`.
 
-A model whose attention goes through transformers' `AttentionInterface` hands queries, keys and values of one packed row to
-`forest_attention`; the layout comes along as the keyword `layout`. A token sees itself, its ancestors in the trie, nothing else.
+A model whose attention goes through transformers' `AttentionInterface` hands queries, keys and values of one packed
+row to `forest_attention`; the layout comes along as the keyword `layout`. A token sees itself and its ancestors in the
+trie, nothing else.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class _ForestAttention(torch.autograd.Function):
 
 
 def _gather(query: Tensor, key: Tensor, value: Tensor, part: Span) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of a span (kv_heads, queries per kv head x tokens, d), and the keys and values it sees (kv_heads, seen, d)."""
+    """Queries of a span (kv_heads, queries per kv head x tokens, d), and keys, values it sees (kv_heads, seen, d)."""
     own = slice(part.start, part.end)
     q = query[:, own].reshape(key.shape[0], -1, query.shape[-1])
     if len(part.ancestors) == 0:

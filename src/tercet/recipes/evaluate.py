@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tercet.algorithms.policy_gradient import log_ratios
-from tercet.algorithms.rollouts import Answer, answer, length_metrics
+from tercet.algorithms.rollout_metrics import length_metrics
+from tercet.algorithms.rollouts import Answer, answer, log_ratios
 from tercet.engine.base import Sampler
-from tercet.errors import ConfigError
+from tercet.errors import ConfigError, DataError
 from tercet.evaluation.win_rate import WinRate, win_rate
+from tercet.recipes.rows import Question
 from tercet.recipes.session import Session
 from tercet.rewards.judge import Judge
-from tercet.types import Comparison, SamplingParams
+from tercet.types import SamplingParams
 
 # Kept apart from the seeds of the training steps, which count up from the run's.
 EVALUATION_SEED = 1_000_003
@@ -24,13 +25,13 @@ EVALUATION_SEED = 1_000_003
 class EvaluationConfig:
     """How policies are compared."""
 
-    prompts: int = 100
+    prompts: int = 80
     """Held-out prompts answered at the end, at most."""
-    prompts_while_training: int = 32
+    prompts_while_training: int = 24
     """Held-out prompts answered at evaluations during RL; the first of the same."""
-    against_chosen: int = 40
-    """Held-out prompts on which the answers also meet the data's chosen ones."""
-    max_tokens: int = 64
+    against_chosen: int = 24
+    """Held-out prompts on which answers also meet the data's chosen ones, and which the base model answers too."""
+    max_tokens: int = 48
     """Longest answer in tokens."""
     temperature: float = 1.0
     """Sampling temperature."""
@@ -44,23 +45,35 @@ class Arena:
     """Held-out prompts, the judges, and every policy's answers, each sampled once."""
 
     def __init__(
-        self,
-        session: Session,
-        config: EvaluationConfig,
-        comparisons: Sequence[Comparison],
-        judges: Mapping[str, Judge],
+        self, session: Session, config: EvaluationConfig, questions: Sequence[Question], judges: Mapping[str, Judge]
     ) -> None:
-        distinct = list({each.prompt: each for each in comparisons if each.label in ("A", "B")}.values())
         self.session, self.config, self.judges = session, config, judges
-        self.comparisons = distinct[: config.prompts]
+        limit = session.engine.context_tokens - config.max_tokens
+        fitting = [each for each in questions if len(session.renderer.generation_prompt(each.prompt)) <= limit]
+        if len(fitting) < len(questions):
+            session.say(
+                f"{len(questions) - len(fitting)} held-out prompts have more than {limit} tokens and are left out"
+            )
+        if not fitting:
+            raise DataError(f"there is no held-out prompt of at most {limit} tokens to compare policies on")
+        self.questions = fitting[: config.prompts]
         self._answers: dict[tuple[str, int], list[Answer]] = {}
+        self._rates: dict[tuple[str, str, str, int], WinRate] = {}
 
-    def answers(self, name: str, sampler: Sampler, n: int) -> list[Answer]:
-        """A policy's answers to the first `n` prompts; the seed is the same for all policies."""
-        key = (name, min(n, len(self.comparisons)))
+    def answers(self, sampler: Sampler, n: int) -> list[Answer]:
+        """A policy's answers to the first `n` prompts, sampled once; the seed is the same for all policies."""
+        key = (sampler.fingerprint(), n)
         if key not in self._answers:
-            self._answers[key] = self._sample(sampler, key[1])
+            self._answers[key] = self._sample(sampler, n)
         return self._answers[key]
+
+    def rate(self, judge: str, policy: Sampler, start: Sampler, n: int) -> WinRate:
+        """Win rate of one policy against another on the first `n` prompts, judged once."""
+        key = (judge, policy.fingerprint(), start.fingerprint(), n)
+        if key not in self._rates:
+            ours, theirs = self.answers(policy, n), self.answers(start, len(self.questions))[:n]
+            self._rates[key] = compare(self.judges[judge], ours, theirs)
+        return self._rates[key]
 
     def _sample(self, sampler: Sampler, n: int) -> list[Answer]:
         config = self.config
@@ -70,55 +83,58 @@ class Arena:
             stop=self.session.renderer.stop,
             seed=EVALUATION_SEED + self.session.setup.seed,
         )
-        prompts = [each.prompt for each in self.comparisons[:n]]
+        prompts = [each.prompt for each in self.questions[:n]]
         return [group[0] for group in answer(prompts, sampler, self.session.renderer, params, 1)]
 
-    def while_training(self, policy: Sampler, start: Sampler) -> dict[str, float]:
+    def measure(self, policy: Sampler, start: Sampler, *, last: bool) -> dict[str, float]:
         """Win rate of the policy as it is now against the policy at the start, under every judge."""
-        n = self.config.prompts_while_training
-        now, before = self._sample(policy, min(n, len(self.comparisons))), self.answers("start", start, n)
+        n = len(self.questions) if last else min(self.config.prompts_while_training, len(self.questions))
         found: dict[str, float] = {}
-        for name, judge in self.judges.items():
-            rate = compare(judge, now, before)
+        for name in self.judges:
+            rate = self.rate(name, policy, start, n)
             found |= rate.metrics("test/" if name == "preference" else f"test/{name}/")
         return found
 
     def report(self, policies: Mapping[str, Sampler], start: str) -> dict[str, Any]:
         """Everything `evaluation.json` says of policies; win rates are against `start` and the chosen answers."""
-        n = len(self.comparisons)
-        answers = {name: self.answers(name, sampler, n) for name, sampler in policies.items()}
-        rates = []
-        for judge_name, judge in self.judges.items():
-            for name in policies:
-                if name != start:
-                    rates.append(_row(name, start, judge_name, compare(judge, answers[name], answers[start])))
-            few = self.comparisons[: self.config.against_chosen]
-            for name in policies if few and judge_name == "preference" else ():
-                prompts = [each.prompt for each in few]
-                ours = [each.conversation for each in answers[name][: len(few)]]
-                chosen = [each.chosen for each in few]
-                rates.append(_row(name, "chosen", judge_name, win_rate(judge, prompts, ours, chosen)))
+        every = len(self.questions)
+        few = min(self.config.against_chosen, every)
+        counts = {name: few if name == "base" else every for name in policies}
+        answers = {name: self.answers(sampler, counts[name]) for name, sampler in policies.items() if counts[name]}
+        rates = [
+            _row(name, start, judge, self.rate(judge, policies[name], policies[start], counts[name]))
+            for judge in self.judges
+            for name in answers
+            if name != start
+        ]
+        met = [(i, each) for i, each in enumerate(self.questions[:few]) if each.chosen]
+        for name in answers if met else ():
+            prompts = [each.prompt for _, each in met]
+            ours = [answers[name][i].conversation for i, _ in met]
+            chosen = [each.chosen for _, each in met if each.chosen]
+            rates.append(_row(name, "chosen", "preference", win_rate(self.judges["preference"], prompts, ours, chosen)))
         return {
             "win_rates": rates,
-            "policies": {name: self._policy(answers[name], policies[start]) for name in policies},
+            "policies": {name: self._policy(rows, policies[name], policies[start]) for name, rows in answers.items()},
             "samples": [
                 {
                     "prompt": [{"role": m.role, "content": m.content} for m in each.prompt],
-                    "answers": {name: answers[name][i].message.content for name in policies},
+                    "answers": {name: rows[i].message.content for name, rows in answers.items() if i < len(rows)},
                 }
-                for i, each in enumerate(self.comparisons)
+                for i, each in enumerate(self.questions)
             ],
         }
 
-    def _policy(self, answers: Sequence[Answer], reference: Sampler) -> dict[str, float]:
+    def _policy(self, answers: Sequence[Answer], policy: Sampler, reference: Sampler) -> dict[str, float]:
         lengths = length_metrics(answers)
-        sums = [sum(d) for group in log_ratios([answers], reference, self.config.temperature) for d in group]
+        same = policy.fingerprint() == reference.fingerprint()
+        ratios = [] if same else log_ratios([answers], reference, self.config.temperature)
         flat = [p for each in answers for p in each.completion.logprobs]
         return {
             "mean_length": lengths["completions/mean_length"],
             "clipped_ratio": lengths["completions/clipped_ratio"],
             "entropy": -statistics.fmean(flat),
-            "kl": statistics.fmean(sums),
+            "kl": statistics.fmean(sum(each) for group in ratios for each in group) if ratios else 0.0,
         }
 
 
@@ -143,4 +159,5 @@ def _row(policy: str, against: str, judge: str, rate: WinRate) -> dict[str, Any]
         "high": rate.high,
         "n": rate.n,
         "mean_margin": rate.mean_margin,
+        "consistent": rate.consistent,
     }

@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tercet import data
 from tercet.algorithms.policy_gradient import RLConfig
-from tercet.algorithms.preference_model import PreferenceConfig
+from tercet.algorithms.preference_model import AGREEMENT_FILE, PreferenceConfig
 from tercet.algorithms.sft import SFTConfig
 from tercet.config import to_mapping
 from tercet.errors import ConfigError
-from tercet.evaluation.judges import agreement
 from tercet.recipes.evaluate import Arena, EvaluationConfig
+from tercet.recipes.rl import origin, write_evaluation
+from tercet.recipes.rows import load_pairs, prompts_to_learn, questions
 from tercet.recipes.session import FREE, Say, SetupConfig, open_session
-from tercet.recipes.stages import load_pairs, run_preference, run_rl, run_sft
-from tercet.runs.durable import write_atomically
-from tercet.runs.report import write_report
+from tercet.recipes.stages import run_preference, run_rl, run_sft
 from tercet.runs.settings import keep_config
+from tercet.types import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLHFConfig:
+class RLHFConfig(SetupConfig):
     """All three stages on one base model."""
 
     out: str = "runs/rlhf"
     """Folder of the run; the same command goes on where it stood."""
-    setup: SetupConfig = field(default_factory=SetupConfig)
-    """The model and the machine."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Stage 1."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """Stage 2."""
     held_out_judge: float = 0.25
     """Share of the comparisons that only a second judge learns, which watches RL and is never optimised; 0 has none."""
+    held_out_judge_steps: int | None = 24
+    """Optimizer steps of the second judge, at most; null learns its share for all epochs."""
     rl: RLConfig = field(default_factory=RLConfig)
     """Stage 3."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -46,14 +45,15 @@ class RLHFConfig:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The figures of the published recipe (tinker-cookbook, preference/rlhf), for real hardware.
         "no-robots-hhh": {
-            "setup": {"lora": {"rank": 64, "alpha": 32.0}, "renderer": "role_colon"},
+            "lora": {"rank": 64, "alpha": 32.0},
+            "renderer": "role_colon",
             "sft": {"data": "HuggingFaceH4/no_robots", "batch_size": 256, "learning_rate": 2e-4, "max_length": 16384,
                     "max_grad_norm": None, "eval_every_steps": 20, "save_every_steps": 100, "test_rows": 256},
             "preference": {"data": "Anthropic/hh-rlhf", "pairs_per_step": 128, "learning_rate": 3e-4,
                            "max_length": 16384, "max_grad_norm": None, "test_rows": 1024, "save_every_steps": 100},
             "rl": {"data": "Anthropic/hh-rlhf", "prompts_per_step": 256, "group_size": 4, "max_tokens": 1024,
-                   "learning_rate": 1e-5, "max_grad_norm": None, "max_prompt_length": 15360, "steps": 100, "judge": "hard",
-                   "eval_every_steps": 20, "save_every_steps": 20},
+                   "learning_rate": 1e-5, "max_grad_norm": None, "max_prompt_length": 15360, "steps": 100,
+                   "judge": "hard", "eval_every_steps": 20, "save_every_steps": 20},
             "evaluation": {"prompts": 256, "prompts_while_training": 256, "against_chosen": 256, "max_tokens": 1024},
         },
     }  # fmt: skip
@@ -64,47 +64,58 @@ class RLHFConfig:
 
 
 def rlhf(config: RLHFConfig, *, say: Say = print) -> Path:
-    """Run every stage that is not done yet, evaluate, and write the report.
+    """Run every stage that is not done yet, then compare the policies in `evaluation.json`.
 
     Returns:
-        The report.
+        The run's folder.
     """
-    began = time.monotonic()
     root = Path(config.out)
     root.mkdir(parents=True, exist_ok=True)
-    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"out"})
-    session = open_session(config.setup, say)
+    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE)
+    session = open_session(config, say)
+    limit = config.preference.max_length
+    session.check_room(limit=limit, answer_tokens=max(config.rl.max_tokens, config.evaluation.max_tokens))
     start = run_sft(session, config.sft, root / "sft")
     rows, test = load_pairs(session, config.preference)
-    rows, aside = (
-        data.hold_out(rows, fraction=config.held_out_judge, seed=config.setup.seed)
-        if config.held_out_judge
-        else (rows, [])
-    )
-    limit = config.preference.max_length
+    aside: list[Comparison] = []
+    if config.held_out_judge:
+        rows, aside = data.hold_out(rows, fraction=config.held_out_judge, seed=config.seed)
     weights = {"preference": run_preference(session, config.preference, root / "preference", rows, test)}
     if aside:
-        weights["held_out"] = run_preference(session, config.preference, root / "judge", aside, test, stage="judge")
+        settings = replace(config.preference, max_steps=config.held_out_judge_steps)
+        # Half of the tests tell enough of a judge that only watches.
+        weights["held_out"] = run_preference(session, settings, root / "judge", aside, test[::2], stage="judge")
     # Win rates are counted in verdicts, whatever RL learns from.
     judges = {name: session.judge(session.engine.sampler(each), limit=limit) for name, each in weights.items()}
-    arena = Arena(session, config.evaluation, test, judges)
+    arena = Arena(session, config.evaluation, questions(test), judges)
     first = session.engine.sampler(start)
     policy = run_rl(
         session,
         config.rl,
         root / "rl",
+        prompts_to_learn(session, config.rl, arena.questions),
         init=start,
         judge=session.judge(session.engine.sampler(weights["preference"]), limit=limit, verdict=config.rl.judge),
-        evaluate=lambda sampler: arena.while_training(sampler, first),
-        origin={"policy": session.fingerprint(start), "judge": session.fingerprint(weights["preference"])},
+        evaluate=lambda sampler, step: arena.measure(sampler, first, last=step == config.rl.steps),
+        kept=session.config_of(
+            RLConfig,
+            config.rl,
+            judge_model=root / "preference",
+            policy=root / "sft",
+            test_data=config.preference.test_data or config.preference.data,
+            evaluation=config.evaluation,
+            out=root / "rl",
+        ),
+        origin=origin(session, start, weights["preference"]),
     )
-    path = root / "evaluation.json"
-    if not path.exists():
-        say("evaluation: base, SFT and RL policies on held-out prompts")
+    if not (root / "evaluation.json").exists():
+        say(f"evaluation: base, SFT and RL policies answer {len(arena.questions)} held-out prompts, judges compare")
         policies = {"base": session.engine.sampler(), "sft": first, "rl": session.engine.sampler(policy)}
         found = arena.report(policies, start="sft")
-        found["judges"] = {name: agreement(judge, test).report() for name, judge in judges.items()}
-        write_atomically(path, json.dumps(found, indent=1))
-    report = write_report(root)
-    say(f"report: {report} (this command took {(time.monotonic() - began) / 60:.1f} minutes)")
-    return report
+        found["judges"] = {
+            name: json.loads((root / stage / AGREEMENT_FILE).read_text())
+            for name, stage in (("preference", "preference"), ("held_out", "judge"))
+            if name in judges
+        }
+        write_evaluation(root, found)
+    return root

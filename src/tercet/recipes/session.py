@@ -1,32 +1,49 @@
-"""What every command needs: a base model in an engine, a renderer, and rows turned into what the loops learn."""
+"""What every command needs: a base model in an engine, and the way conversations are written for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from tercet import data
 from tercet.chat.comparisons import ComparisonRenderer
 from tercet.chat.renderers import Renderer, renderer
 from tercet.config import to_mapping
-from tercet.data import Loaded
 from tercet.engine.base import Sampler
-from tercet.errors import ConfigError, DataError, UsageError
+from tercet.errors import ConfigError
+from tercet.models.memory import estimate, read_shape
 from tercet.rewards.judge import Judge
-from tercet.types import Comparison, Conversation, Datum, LoraConfig, Weights
+from tercet.types import Comparison, LoraConfig, Message, Weights
 
 if TYPE_CHECKING:
     from tercet.engine.local import LocalEngine
 
-Row = TypeVar("Row")
 Say = Callable[[str], None]
-# What may change between two starts of one run: it moves no number that is learned from.
-FREE = frozenset({"setup.log_with", "setup.threads"})
+# What may change between two starts of one run: it moves no number that is learned from. Of policy and judge the
+# weights themselves are compared, wherever they lie.
+FREE = frozenset({"log_with", "threads", "out", "policy", "judge_model"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetupConfig:
+class MachineConfig:
+    """The machine, and what it may do."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; auto is bfloat16 on CUDA and float32 on the CPU. What is trained is float32."""
+    threads: int | None = None
+    """CPU threads; null takes one for every core this process may use."""
+    max_rows: int = 128
+    """Answers decoded side by side; lower it when memory is short."""
+    trust_remote_code: bool = False
+    """Let Python files that came with a model run."""
+    seed: int = 0
+    """Of the order of rows, of every sample, and of new adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetupConfig(MachineConfig):
     """The model and the machine."""
 
     model: str = "smollm2-135m"
@@ -37,22 +54,10 @@ class SetupConfig:
     """lora trains adapters that share one base; full trains a copy of the whole model in every stage."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Size and place of the adapters."""
-    seed: int = 0
-    """Of the order of rows, of every sample, and of new adapters."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; auto is bfloat16 on CUDA and float32 on the CPU. What is trained is float32."""
-    threads: int | None = None
-    """CPU threads; null takes one for every core this process may use."""
     micro_batch_tokens: int = 2048
     """Tokens, after merging prefixes, of one pass with gradient; lower it when memory is short."""
-    max_rows: int = 128
-    """Answers decoded side by side; lower it when memory is short."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used and count them, instead of stopping at the first."""
-    trust_remote_code: bool = False
-    """Let Python files that came with a model run."""
     log_with: tuple[str, ...] = ()
     """Trackers beside TensorBoard: wandb, trackio."""
 
@@ -79,14 +84,48 @@ class Session:
         """How comparisons are shown, within what the model takes."""
         return ComparisonRenderer(self.renderer, min(limit, self.engine.context_tokens))
 
-    def config_of(self, stage: str, config: object, **origin: str) -> dict[str, Any]:
-        """What a stage's folder keeps: model and machine, the stage's own settings, and which weights it began with."""
-        mapping: dict[str, Any] = {"setup": to_mapping(self.setup), stage: to_mapping(config)}
-        return {**mapping, "origin": origin} if origin else mapping
+    def check_room(self, *, limit: int, answer_tokens: int) -> None:
+        """Refuse answers so long that a judge could not be shown two of them; better now than after hours.
 
-    def fingerprint(self, weights: Weights) -> str:
-        """A short hash of saved weights."""
-        return self.engine.sampler(weights).fingerprint()[:16]
+        Raises:
+            ConfigError: They do not fit.
+        """
+        shown = self.comparisons(limit)
+        short = (Message("assistant", "."),)
+        frame = len(shown.prompt(Comparison((Message("user", "Hi"),), short, short)))
+        needed = frame + 2 * answer_tokens
+        if needed > shown.limit:
+            raise ConfigError(
+                f"two answers of {answer_tokens} tokens and what stands around them take {needed} tokens, and the "
+                f"judge reads {shown.limit}; lower max_tokens, or train the preference model with a larger max_length"
+            )
+
+    def config_of(self, kind: type, config: object, **more: object) -> dict[str, Any]:
+        """What a stage's folder keeps, as its verb would read it: model, machine, and the settings of class `kind`."""
+        return {**settings_of(SetupConfig, self.setup), **settings_of(kind, config), **to_mapping(more)}
+
+    def fingerprint(self, weights: Weights | None) -> str:
+        """A short hash of saved weights; of the base, a word."""
+        return "base" if weights is None else self.engine.sampler(weights).fingerprint()[:16]
+
+    def memory(self, *, sampled_rows: int = 0, row_tokens: int = 0) -> str:
+        """What training will need, in words; `row_tokens` is prompt and answer of a row being sampled."""
+        setup = self.setup
+        found = estimate(
+            read_shape(self.engine.loaded.path),
+            lora_rank=setup.lora.rank if setup.method == "lora" else None,
+            dtype=str(self.engine.loaded.model.dtype).removeprefix("torch."),
+            micro_batch_tokens=setup.micro_batch_tokens,
+            sampled_rows=min(setup.max_rows, sampled_rows),
+            row_tokens=row_tokens,
+        )
+        size = f"{found.total / 1e9:.1f} GB" if found.total >= 1e8 else f"{found.total / 1e6:.0f} MB"
+        return f"at most about {size} beside Python"
+
+
+def settings_of(kind: type, config: object) -> dict[str, Any]:
+    """The settings that class `kind` declares, of a config of that class or of one that extends it, as plain data."""
+    return {each.name: to_mapping(getattr(config, each.name)) for each in fields(kind)}
 
 
 def open_session(setup: SetupConfig, say: Say) -> Session:
@@ -97,102 +136,29 @@ def open_session(setup: SetupConfig, say: Say) -> Session:
     from tercet.models.load import load_model
     from tercet.runs.environment import environment
 
+    check_positive({"micro_batch_tokens": setup.micro_batch_tokens, "max_rows": setup.max_rows})
+    check_positive({} if setup.threads is None else {"threads": setup.threads})
     torch.set_num_threads(setup.threads or max(1, int(environment()["cpus"])))
     device = setup.device if setup.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = setup.dtype if setup.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     loaded = load_model(setup.model, dtype=dtype, device=device, trust_remote_code=setup.trust_remote_code)
     engine = LocalEngine(loaded, micro_batch_tokens=setup.micro_batch_tokens, max_rows=setup.max_rows)
     chosen = renderer(setup.renderer, loaded.tokenizer)
-    say(f"model {setup.model} on {device} ({dtype}, {torch.get_num_threads()} threads), renderer {chosen.name}")
+    millions = sum(each.numel() for each in loaded.model.parameters()) / 1e6
+    threads = torch.get_num_threads()
+    say(
+        f"model: {setup.model}, {millions:,.3g} million weights, on {device} ({dtype}, "
+        f"{threads} thread{'s' if threads > 1 else ''}), renderer {chosen.name}"
+    )
     return Session(setup, engine, chosen, say)
 
 
-def train_and_test(
-    load: Callable[..., Loaded[Row]], setup: SetupConfig, source: str, test_source: str | None, test_rows: int, say: Say
-) -> tuple[list[Row], list[Row]]:
-    """Rows to learn and rows held out: from `test_source`, else the source's test split, else set aside by the seed."""
-    train = load(source, skip_bad_rows=setup.skip_bad_rows)
-    say(train.describe())
-    purpose: Literal["comparisons", "conversations"] = (
-        "comparisons" if load is data.load_comparisons else "conversations"
-    )
-    if test_source is not None or "test" in data.splits(source, purpose=purpose):
-        split = "test" if "test" in data.splits(test_source or source, purpose=purpose) else "train"
-        test = load(test_source or source, split=split, skip_bad_rows=setup.skip_bad_rows)
-        say(test.describe())
-        if len(test.rows) > test_rows:
-            test_kept = data.order(len(test.rows), seed=setup.seed, epoch=0)[:test_rows]
-            return train.rows, [test.rows[i] for i in sorted(test_kept)]
-        return train.rows, test.rows
-    count = min(test_rows, max(1, len(train.rows) // 10))
-    kept, held = data.hold_out(train.rows, count=count, seed=setup.seed)
-    say(f"{len(held)} of {len(train.rows)} rows of {source} are held out for tests")
-    return kept, held
-
-
-def conversation_data(session: Session, rows: Sequence[Conversation], *, train_on: str, max_length: int) -> list[Datum]:
-    """Conversations as tokens and weights; those over the limit are left out and counted aloud.
+def check_positive(settings: Mapping[str, int]) -> None:
+    """Refuse settings below 1, by name.
 
     Raises:
-        DataError: None is left, or a conversation has nothing to learn.
+        ConfigError: Names the first of them.
     """
-    limit = min(max_length, session.engine.context_tokens)
-    data_ = [session.renderer.datum(row, train_on=train_on) for row in rows]
-    kept = [datum for datum in data_ if len(datum.tokens) <= limit]
-    if len(kept) < len(data_):
-        session.say(
-            f"{len(data_) - len(kept)} of {len(data_)} conversations have more than {limit} tokens and are left out"
-        )
-    if not kept:
-        raise DataError(f"every conversation has more than {limit} tokens; raise max_length")
-    return kept
-
-
-def usable_comparisons(session: Session, rows: Sequence[Comparison], limit: int, what: str) -> list[Comparison]:
-    """Comparisons that fit, counted aloud when some do not: their answers alone exceed the limit."""
-    shown = session.comparisons(limit)
-    kept = []
-    for row in rows:
-        try:
-            shown.prompt(row)
-        except DataError:
-            continue
-        kept.append(row)
-    if len(kept) < len(rows):
-        session.say(
-            f"{len(rows) - len(kept)} of {len(rows)} comparisons {what} have answers too long for {limit} tokens and are left out"
-        )
-    if not kept:
-        raise DataError(f"no comparison {what} fits into {limit} tokens; raise preference.max_length")
-    return kept
-
-
-def usable_prompts(
-    session: Session, rows: Sequence[Conversation], *, max_prompt_length: int, max_tokens: int
-) -> list[Conversation]:
-    """Prompts that fit beside an answer, the others counted aloud."""
-    limit = min(max_prompt_length, session.engine.context_tokens - max_tokens)
-    kept = [row for row in rows if len(session.renderer.generation_prompt(row)) <= limit]
-    if len(kept) < len(rows):
-        session.say(f"{len(rows) - len(kept)} of {len(rows)} prompts have more than {limit} tokens and are left out")
-    if not kept:
-        raise DataError(f"every prompt has more than {limit} tokens; raise max_prompt_length")
-    return kept
-
-
-def saved_weights(path: str, what: str) -> Weights:
-    """The weights in a run's folder or a weights directory named on the command line."""
-    from pathlib import Path
-
-    from tercet.models.export import find_weights
-
-    if not Path(path).is_dir():
-        raise UsageError(f"{what} is {path!r}, which is not a directory; name a run's folder or an adapter's directory")
-    return Weights(find_weights(Path(path)))
-
-
-def check_positive(settings: Mapping[str, int]) -> None:
-    """Refuse settings below 1, by name."""
     for name, value in settings.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")

@@ -1,4 +1,4 @@
-"""The three stages, each with its data, its folder and its weights. A stage that is done is skipped."""
+"""The three stages, each with its rows, its folder and its weights. A stage that is done is skipped."""
 
 from __future__ import annotations
 
@@ -9,26 +9,45 @@ from tercet import data
 from tercet.algorithms.policy_gradient import RLConfig, policy_gradient
 from tercet.algorithms.preference_model import PreferenceConfig, preference_model
 from tercet.algorithms.sft import SFTConfig, sft
+from tercet.chat.encoding import text_of
 from tercet.engine.base import Sampler
 from tercet.evaluation.nll import held_out
-from tercet.recipes.session import (
-    FREE,
-    Session,
-    conversation_data,
-    train_and_test,
-    usable_comparisons,
-    usable_prompts,
-)  # fmt: skip
+from tercet.recipes.rows import conversation_data, rows_sha256, train_and_test
+from tercet.recipes.session import FREE, Session
 from tercet.rewards.judge import Judge
+from tercet.rewards.tournament import matches
 from tercet.runs.loggers import make_loggers
 from tercet.runs.run import Run
+from tercet.runs.settings import keep_config
 from tercet.types import Comparison, Conversation, Weights
 
 
 def open_run(
-    session: Session, directory: Path, stage: str, config: Mapping[str, object], *, steps: int, save_every_steps: int
+    session: Session,
+    directory: Path,
+    stage: str,
+    config: Mapping[str, object],
+    origin: Mapping[str, str],
+    *,
+    steps: int,
+    save_every_steps: int,
+    what: str,
 ) -> Run:
-    """The folder of a stage, new or going on."""
+    """The folder of a stage, new or going on.
+
+    Args:
+        session: Says what is about to happen.
+        directory: The folder.
+        stage: sft, preference, judge or rl.
+        config: Kept in `config.yaml`, which the stage's verb reads back.
+        origin: Hashes of what the stage begins with, rows and weights; kept in `origin.yaml`.
+        steps: Of the whole run.
+        save_every_steps: Steps between checkpoints.
+        what: What a step is, in words.
+
+    Raises:
+        ConfigError: The folder was begun with another config, other rows or other weights.
+    """
     run = Run(
         directory,
         config=config,
@@ -38,7 +57,12 @@ def open_run(
         loggers=make_loggers(session.setup.log_with),
         may_differ=FREE,
     )
-    session.say(f"{stage}: done before, in {directory}" if run.is_done else f"{stage}: {steps} steps, in {directory}")
+    try:
+        keep_config(directory / "origin.yaml", origin)
+    except BaseException:
+        run.close()
+        raise
+    session.say(f"{stage}: done before, in {directory}" if run.is_done else f"{stage}: {steps} {what}; in {directory}")
     return run
 
 
@@ -50,26 +74,21 @@ def run_sft(session: Session, config: SFTConfig, directory: Path) -> Weights:
     )
     learned = conversation_data(session, rows, train_on=config.train_on, max_length=config.max_length)
     tested = conversation_data(session, test, train_on=config.train_on, max_length=config.max_length)
-    kept = session.config_of("sft", config)
     with open_run(
-        session, directory, "sft", kept, steps=config.steps(len(learned)), save_every_steps=config.save_every_steps
+        session,
+        directory,
+        "sft",
+        session.config_of(SFTConfig, config, out=directory),
+        {"rows_sha256": rows_sha256(learned)},
+        steps=config.steps(len(learned)),
+        save_every_steps=config.save_every_steps,
+        what=f"steps of {config.batch_size} conversations, of which there are {len(learned):,}; {session.memory()}",
     ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(lora=setup.adapter, seed=setup.seed)
-            text = held_out(tested, session.engine.loaded.tokenizer.decode)
+            text = held_out(tested, lambda tokens: text_of(session.engine.loaded.tokenizer, tokens))
             sft(config, learned, text, trainer=trainer, run=run, seed=setup.seed)
         return run.final_weights
-
-
-def load_pairs(session: Session, config: PreferenceConfig) -> tuple[list[Comparison], list[Comparison]]:
-    """Comparisons to learn, and held out."""
-    rows, test = train_and_test(
-        data.load_comparisons, session.setup, config.data, config.test_data, config.test_rows, session.say
-    )
-    return (
-        usable_comparisons(session, rows, config.max_length, "to learn"),
-        usable_comparisons(session, test, config.max_length, "held out"),
-    )
 
 
 def run_preference(
@@ -83,9 +102,16 @@ def run_preference(
 ) -> Weights:
     """Stage 2: a preference model, trained from the base."""
     setup = session.setup
-    kept = session.config_of("preference", config)
     with open_run(
-        session, directory, stage, kept, steps=config.steps(len(rows)), save_every_steps=config.save_every_steps
+        session,
+        directory,
+        stage,
+        session.config_of(PreferenceConfig, config, out=directory),
+        {"rows_sha256": rows_sha256(rows)},
+        steps=config.steps(len(rows)),
+        save_every_steps=config.save_every_steps,
+        what=f"steps of {config.pairs_per_step} comparisons in both orders, of which there are {len(rows):,}; "
+        f"{session.memory()}",
     ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(lora=setup.adapter, seed=setup.seed)
@@ -98,21 +124,43 @@ def run_rl(
     session: Session,
     config: RLConfig,
     directory: Path,
+    prompts: Sequence[Conversation],
     *,
     init: Weights | None,
     judge: Judge,
-    evaluate: Callable[[Sampler], Mapping[str, float]],
+    evaluate: Callable[[Sampler, int], Mapping[str, float]],
+    kept: Mapping[str, object],
     origin: Mapping[str, str],
 ) -> Weights:
-    """Stage 3: reinforcement learning from `init` (None: the base), which is also the reference."""
+    """Stage 3: reinforcement learning.
+
+    Args:
+        session: Model and machine.
+        config: How.
+        directory: The run's folder.
+        prompts: What is answered.
+        init: The policy at the start, which is also the reference; None is the base.
+        judge: Decides the tournaments.
+        evaluate: Measures a policy now and then.
+        kept: The config that the folder keeps.
+        origin: Hashes of the weights it begins with.
+    """
     setup = session.setup
-    loaded = data.load_prompts(config.data, skip_bad_rows=setup.skip_bad_rows)
-    session.say(loaded.describe())
-    prompts: list[Conversation] = usable_prompts(
-        session, loaded.rows, max_prompt_length=config.max_prompt_length, max_tokens=config.max_tokens
-    )
-    kept = session.config_of("rl", config, **origin)
-    with open_run(session, directory, "rl", kept, steps=config.steps, save_every_steps=config.save_every_steps) as run:
+    played = config.prompts_per_step * len(matches(config.group_size, pattern=config.pattern, chunk=config.chunk))
+    longest = max(len(session.renderer.generation_prompt(prompt)) for prompt in prompts)
+    memory = session.memory(sampled_rows=config.completions_per_step, row_tokens=longest + config.max_tokens)
+    with open_run(
+        session,
+        directory,
+        "rl",
+        kept,
+        {"rows_sha256": rows_sha256(prompts), **origin},
+        steps=config.steps,
+        save_every_steps=config.save_every_steps,
+        what=f"steps of {config.prompts_per_step} prompts x {config.group_size} answers = "
+        f"{config.completions_per_step} answers, which meet in {played} matches ({config.judge} verdicts), "
+        f"{len(prompts):,} prompts in all; {memory}",
+    ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(init=init, lora=setup.adapter, seed=setup.seed)
             reference = session.engine.sampler(init)

@@ -29,8 +29,8 @@ class LabelProbabilities:
 
     @property
     def a_share(self) -> float:
-        """P(A) among the two labels."""
-        return self.a / (self.a + self.b)
+        """P(A) among the two labels; 0.5 where both are too small for a number."""
+        return self.a / (self.a + self.b) if self.a + self.b > 0 else 0.5
 
 
 class Judge:

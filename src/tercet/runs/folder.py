@@ -82,9 +82,13 @@ class RunFolder:
         return facts
 
     def win_rate(self, judge: str, *, policy: str = "rl", against: str = "sft") -> dict[str, float] | None:
-        """win_rate, low, high and n of one policy against another: as evaluated at the end, else last in training."""
+        """win_rate, low, high and n of one policy against another: as evaluated at the end, else last in training.
+
+        RL by itself calls the policy it began with `start`; it is found under `sft` too.
+        """
+        names = ("sft", "start") if against == "sft" else (against,)
         for row in self.evaluation.get("win_rates", []):
-            if (row["policy"], row["against"], row["judge"]) == (policy, against, judge):
+            if (row["policy"], row["judge"]) == (policy, judge) and row["against"] in names:
                 return {key: row[key] for key in ("win_rate", "low", "high", "n") if row.get(key) is not None}
         stage = self.stages.get("rl")
         if stage is None or (policy, against) != ("rl", "sft"):

@@ -64,18 +64,22 @@ class ProgressDisplay:
             self._live.start()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that `step` is done; a number not in `metrics` keeps its last value."""
+        """Show that `step` is done; a number not in `metrics` keeps its last value.
+
+        A row after the last step holds what was measured at the end; it counts as no step.
+        """
+        done = min(step + 1, self._total)
         self._values |= {key: metrics[key] for key in self._shown if key in metrics}
         self._times.append(self._clock())
-        left = format_duration(self.left_s(step)) + " left" if step + 1 < self._total else "done"
+        left = format_duration(self.left_s(step)) + " left" if done < self._total else "done"
         numbers = [
             f"{label} {format_number(self._values[key])}" for key, label in self._shown.items() if key in self._values
         ]
         if self._live is not None:
-            self._live.update(self._task, completed=step + 1, left=left, numbers="  ".join(numbers))
+            self._live.update(self._task, completed=done, left=left, numbers="  ".join(numbers))
         elif self._is_due(step):
             self._printed_at = self._clock()
-            self._print(f"{self._stage}  step {step + 1}/{self._total}  {left}", numbers)
+            self._print(f"{self._stage}  step {done}/{self._total}  {left}", numbers)
 
     def left_s(self, step: int) -> float:
         """Seconds until the last step, as fast as the last twenty went."""

@@ -90,10 +90,11 @@ def verdict(folder: RunFolder) -> str:
     if held_out is not None and "low" in held_out and "high" in held_out:
         agrees = _clearly(held_out) == _clearly(rate)
         watched = f"; the held-out judge {'agrees' if agrees else 'is not so sure'} ({_percent(held_out['win_rate'])})"
+    start = "the SFT policy" if "sft" in folder.stages else "the policy it started from"
     if _clearly(rate) == 0:
-        return f"No clear difference: the RL policy wins {_percent(rate['win_rate'])} against the SFT policy{watched}"
+        return f"No clear difference: the RL policy wins {_percent(rate['win_rate'])} against {start}{watched}"
     better = "better" if _clearly(rate) > 0 else "worse"
-    return f"RL made it {better}: {_percent(rate['win_rate'])} of answers win against the SFT policy{watched}"
+    return f"RL made it {better}: {_percent(rate['win_rate'])} of answers win against {start}{watched}"
 
 
 def headline(folder: RunFolder) -> Iterator[Card]:
@@ -105,7 +106,8 @@ def headline(folder: RunFolder) -> Iterator[Card]:
             detail = f"95% interval {_percent(rate['low'])} to {_percent(rate['high'])}" if bounds else ""
             if "n" in rate:
                 detail += f", {rate['n']:.0f} prompts"
-            label = f"RL wins against SFT, {figures.judge_label(judge)}"
+            before = "SFT" if "sft" in folder.stages else "its start"
+            label = f"RL wins against {before}, {figures.judge_label(judge)}"
             yield Card(label, _percent(rate["win_rate"]), detail, bounds)
     judge = folder.evaluation.get("judges", {}).get("preference", {})
     preference = folder.stages.get("preference")

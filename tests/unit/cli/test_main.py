@@ -8,6 +8,7 @@ import pytest
 from tercet import __version__
 from tercet.cli import main as cli
 from tercet.errors import ConfigError, DataError, UsageError
+from tercet.runs import Interrupted
 
 
 class Stub:
@@ -108,6 +109,18 @@ def test_an_interrupt_ends_with_130_and_a_friendly_line(verb, capsys):
     verb(KeyboardInterrupt())
     assert cli.main(["stub"]) == 130
     assert "interrupted; a run goes on from its last checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_that_saved_when_it_was_interrupted_says_how_to_go_on(verb, capsys):
+    verb(Interrupted("saved in x; type the same command to go on"))
+    assert cli.main(["stub"]) == 130
+    assert capsys.readouterr().err == "\ntercet: saved in x; type the same command to go on\n"
+
+
+def test_a_full_disk_is_an_error_in_words(verb, capsys):
+    verb(OSError(28, "No space left on device", "runs/sft"))
+    assert cli.main(["stub"]) == 1
+    assert capsys.readouterr().err == "tercet: [Errno 28] No space left on device: 'runs/sft'; --debug shows where\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error():

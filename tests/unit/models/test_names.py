@@ -11,6 +11,14 @@ def test_a_local_directory_is_itself(tmp_path):
     assert resolve(str(tiny_model(tmp_path / "mine"))) == tmp_path / "mine"
 
 
+def test_a_built_in_name_means_the_same_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert (resolve("tiny") / "config.json").is_file()
+    with pytest.raises(ModelError, match="no config.json"):
+        resolve("./tiny")
+
+
 def test_a_directory_that_is_no_model_is_refused_with_what_lies_there(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ModelError, match=r"no config.json.*found there: notes.txt"):

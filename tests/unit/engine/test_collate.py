@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tercet.engine.collate import forest, micro_batches
+from tercet.types import Batch, Datum
+
+# Two or three different tokens make shared prefixes, prefixes of one another and duplicates common.
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=9)
+examples = settings(max_examples=150, deadline=None)
+
+
+def prefixes(sequences):
+    return {tuple(row[: t + 1]) for row in sequences for t in range(len(row))}
+
+
+@examples
+@given(SEQUENCES)
+def test_every_path_gives_its_sequence_back(sequences):
+    packed = forest(sequences)
+    for path, sequence in zip(packed.paths, sequences, strict=True):
+        assert packed.tokens[path].tolist() == sequence
+        assert packed.positions[path].tolist() == list(range(len(sequence)))
+
+
+@examples
+@given(SEQUENCES)
+def test_every_shared_prefix_is_there_exactly_once(sequences):
+    packed = forest(sequences)
+    assert len(packed.tokens) == len(packed.positions) == len(packed.subtree_end) == len(prefixes(sequences))
+    places = {}
+    for path, sequence in zip(packed.paths, sequences, strict=True):
+        for t, place in enumerate(path.tolist()):
+            assert places.setdefault(tuple(sequence[: t + 1]), place) == place
+    assert sorted(places.values()) == list(range(len(packed.tokens)))
+
+
+@examples
+@given(SEQUENCES)
+def test_one_number_per_token_says_who_sees_whom(sequences):
+    packed = forest(sequences)
+    text = [()] * len(packed.tokens)
+    for path, sequence in zip(packed.paths, sequences, strict=True):
+        for t, place in enumerate(path.tolist()):
+            text[place] = tuple(sequence[: t + 1])
+    for t, below in enumerate(text):
+        for u, above in enumerate(text):
+            sees = below[: len(above)] == above
+            assert (u <= t < packed.subtree_end[u]) == sees
+
+
+@examples
+@given(SEQUENCES, st.integers(1, 12))
+def test_units_cover_the_row_once_and_see_what_the_trie_allows(sequences, max_tokens):
+    packed = forest(sequences)
+    units = packed.units(max_tokens)
+    assert [t for unit in units for t in range(unit.start, unit.end)] == list(range(len(packed.tokens)))
+    for unit in units:
+        ancestors = unit.ancestors.tolist()
+        for t in range(unit.start, unit.end):
+            seen = {u for u in range(t + 1) if t < packed.subtree_end[u]}
+            assert {u for u in seen if u < unit.start} == set(ancestors)
+        assert len(ancestors) == len(set(ancestors))
+
+
+@examples
+@given(SEQUENCES, st.integers(1, 12))
+def test_a_unit_above_the_limit_is_one_trunk_without_branches(sequences, max_tokens):
+    packed = forest(sequences)
+    for unit in packed.units(max_tokens):
+        if unit.end - unit.start > max_tokens:
+            assert len(set(packed.subtree_end[unit.start : unit.end].tolist())) == 1
+
+
+def test_a_prefix_of_another_sequence_and_a_duplicate_cost_nothing():
+    packed = forest([[5, 6, 7], [5, 6], [5, 6, 7], [5, 8]])
+    assert packed.tokens.tolist() == [5, 6, 7, 8]
+    assert packed.positions.tolist() == [0, 1, 2, 1]
+    assert packed.subtree_end.tolist() == [4, 3, 3, 4]
+    assert [path.tolist() for path in packed.paths] == [[0, 1, 2], [0, 1], [0, 1, 2], [0, 3]]
+
+
+def test_an_empty_sequence_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        forest([[1], []])
+
+
+@st.composite
+def batches(draw):
+    sequences = draw(SEQUENCES)
+    index = st.integers(0, len(sequences) - 1)
+    pairs = draw(st.lists(st.tuples(index, index), max_size=3))
+    return Batch([Datum(row, [0.0] * len(row)) for row in sequences], pairs)
+
+
+@examples
+@given(batches(), st.integers(1, 30))
+def test_micro_batches_cover_every_datum_once_and_keep_pairs_together(batch, max_tokens):
+    pieces = list(micro_batches(batch, max_tokens))
+    assert sorted(i for piece in pieces for i in piece) == list(range(len(batch.data)))
+    for chosen, rejected in batch.pairs:
+        assert any(chosen in piece and rejected in piece for piece in pieces)
+
+
+@examples
+@given(batches(), st.integers(1, 30))
+def test_micro_batches_stay_in_the_budget_unless_one_bundle_is_larger(batch, max_tokens):
+    joined = [{i} for i in range(len(batch.data))]
+    for pair in batch.pairs:
+        together = set().union(*(group for group in joined if group & set(pair)))
+        joined = [group for group in joined if not group & together] + [together]
+    for piece in micro_batches(batch, max_tokens):
+        tokens = len(forest([batch.data[i].tokens for i in piece]).tokens)
+        assert tokens <= max_tokens or any(set(piece) == group for group in joined)
+
+
+def test_a_group_larger_than_the_budget_repeats_its_prefix():
+    rows = [[1] * 10 + [i] * 3 for i in range(2, 6)]
+    batch = Batch([Datum(row, [0.0] * 13) for row in rows])
+    assert list(micro_batches(batch, 16)) == [[0, 1], [2, 3]]
+
+
+def test_budgets_count_tokens_after_merging():
+    rows = [[1] * 10 + [i] for i in range(2, 8)]
+    assert list(micro_batches(Batch([Datum(row, [0.0] * 11) for row in rows]), 16)) == [list(range(6))]
+
+
+def test_nothing_makes_no_micro_batch():
+    assert list(micro_batches(Batch([]), 10)) == []
+
+
+def test_long_rows_are_merged_quickly():
+    trunk = np.arange(3000) % 97
+    packed = forest([[*trunk.tolist(), i, *range(400)] for i in range(32)])
+    assert len(packed.tokens) == 3000 + 32 * 401
