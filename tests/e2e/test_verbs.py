@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,12 @@ FEW = ("--rows", 3, "--max-tokens", 6, "--threads", 1)
 
 
 def test_the_program_itself_answers_help_in_less_than_a_second():
-    took = []
-    for _ in range(3):
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "tercet.cli.main", "rlhf", "--help"], capture_output=True)
-        took.append(time.monotonic() - began)
-        assert (done.returncode, done.stderr) == (0, b"")
-    assert min(took) < 1
+    before = os.times()
+    done = subprocess.run([sys.executable, "-m", "tercet.cli.main", "rlhf", "--help"], capture_output=True)
+    after = os.times()
+    assert (done.returncode, done.stderr) == (0, b"")
+    # Of the processor's time: the clock on the wall also counts what other tests do meanwhile.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
 
 
 def test_sft_learns_conversations(tercet, rows, tmp_path: Path):

@@ -42,7 +42,7 @@ class PreferenceConfig(OptimConfig):
     """Times every comparison is learned."""
     max_steps: int | None = None
     """Stop after so many optimizer steps; null learns all epochs."""
-    eval_every_steps: int = 20
+    eval_every_steps: int = 0
     """Steps between evaluations; 0 evaluates only at the end."""
     save_every_steps: int = 20
     """Steps between checkpoints; 0 saves only at the end."""

@@ -40,7 +40,8 @@ def kl_metrics(kl: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
 
 
 def sampler_metrics(answers: Sequence[Answer], logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
-    """How far the trainer is from the sampler that drew the answers: mean gap (v1), half the mean square (v2), largest.
+    """How far the trainer is from the sampler that drew the answers: mean gap (v1), half the mean square (v2), mean and
+    largest distance.
 
     Args:
         answers: What was sampled.
@@ -54,6 +55,7 @@ def sampler_metrics(answers: Sequence[Answer], logprobs: Sequence[Sequence[float
     return {
         "kl_sample_train_v1": statistics.fmean(gaps),
         "kl_sample_train_v2": statistics.fmean(gap * gap for gap in gaps) / 2,
+        "sampling/sampling_logp_difference/mean": statistics.fmean(map(abs, gaps)),
         "sampling/sampling_logp_difference/max": max(map(abs, gaps)),
     }
 

@@ -35,7 +35,7 @@ class SFTConfig(OptimConfig):
     """Times every conversation is learned."""
     max_steps: int | None = None
     """Stop after so many optimizer steps; null learns all epochs."""
-    eval_every_steps: int = 10
+    eval_every_steps: int = 20
     """Steps between evaluations; 0 evaluates only at the end."""
     save_every_steps: int = 20
     """Steps between checkpoints; 0 saves only at the end."""

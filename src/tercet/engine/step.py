@@ -73,7 +73,7 @@ def sequence_logprobs(
     body: Body, sequences: Sequence[Sequence[int]], wanted: Sequence[np.ndarray], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the wanted tokens of all sequences, one after another (N,)."""
-    # Nothing is predicted from a sequence's last token, so it is not computed: two labels of one comparison become one path.
+    # Nothing is predicted from a sequence's last token, so it is not computed: both labels of a pair become one path.
     packed = forest([tokens[:-1] if len(tokens) > 1 else tokens for tokens in sequences])
     sources, targets = predicted(packed, sequences, wanted)
     hidden = body.hidden(packed.tokens, packed.positions, forest_layout(packed, body.device))

@@ -13,7 +13,7 @@ from tercet.types import Comparison, Conversation
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of prompts on which the judge, its two orders averaged, prefers the policy's answer; a tie is half a win."""
+    """Share of prompts on which the judge, its two orders averaged, prefers the policy's answer; a tie is half one."""
 
     win_rate: float
     stderr: float

@@ -47,7 +47,7 @@ def add_adapter(
         base_model_name_or_path=base,
     )
     try:
-        # peft warns of its own calls to transformers, and that GPT-2 keeps its weights as (in, out), which it finds out.
+        # peft warns of its own calls to transformers, and that GPT-2 keeps weights as (in, out), which it finds out.
         with warnings.catch_warnings(action="ignore"):
             if isinstance(model, peft.PeftModel):
                 model.add_adapter(name, settings)

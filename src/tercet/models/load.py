@@ -130,7 +130,7 @@ def _tokenizer(path: Path, name: str, trust_remote_code: bool) -> Tokenizer:
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"{name} has no tokenizer that can be read in {path}: {error}") from error
-    # Lengths are checked where they matter, against the model's context; transformers would warn at the first long text.
+    # Lengths are checked against the context where they matter; transformers would warn at the first long text.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if len(tokenizer) == 0:
         raise ModelError(f"{name} has no tokenizer in {path}; copy tokenizer.json and tokenizer_config.json there")

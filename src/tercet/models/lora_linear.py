@@ -52,12 +52,12 @@ def _forward_of(layer: PeftLinear) -> Any:
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in layer.active_adapters if name in layer.lora_A]
-        name = active[0] if len(active) == 1 else None
-        simple = name is not None and not (args or kwargs or layer.disable_adapters or layer.merged)
-        if not simple or name in layer.lora_variant or layer.base_layer.weight.requires_grad:
+        simple = len(active) == 1 and not (args or kwargs or layer.disable_adapters or layer.merged)
+        if not simple or active[0] in layer.lora_variant or layer.base_layer.weight.requires_grad:
             out: Tensor = plain(x, *args, **kwargs)
             return out
-        base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
+        name, base = active[0], layer.base_layer
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         fused: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[name])  # type: ignore[no-untyped-call]
         return fused
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tercet.algorithms.policy_gradient import SEEDS_PER_RUN
 from tercet.algorithms.rollout_metrics import length_metrics
 from tercet.algorithms.rollouts import Answer, answer, log_ratios
 from tercet.engine.base import Sampler
@@ -17,19 +18,16 @@ from tercet.recipes.session import Session
 from tercet.rewards.judge import Judge
 from tercet.types import SamplingParams
 
-# Kept apart from the seeds of the training steps, which count up from the run's.
-EVALUATION_SEED = 1_000_003
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """How policies are compared."""
 
-    prompts: int = 80
+    prompts: int = 64
     """Held-out prompts answered at the end, at most."""
     prompts_while_training: int = 24
     """Held-out prompts answered at evaluations during RL; the first of the same."""
-    against_chosen: int = 24
+    against_chosen: int = 16
     """Held-out prompts on which answers also meet the data's chosen ones, and which the base model answers too."""
     max_tokens: int = 48
     """Longest answer in tokens."""
@@ -62,17 +60,19 @@ class Arena:
 
     def answers(self, sampler: Sampler, n: int) -> list[Answer]:
         """A policy's answers to the first `n` prompts, sampled once; the seed is the same for all policies."""
-        key = (sampler.fingerprint(), n)
-        if key not in self._answers:
-            self._answers[key] = self._sample(sampler, n)
-        return self._answers[key]
+        name = sampler.fingerprint()
+        for known in (n, len(self.questions)):
+            if (name, known) in self._answers:
+                return self._answers[name, known][:n]
+        self._answers[name, n] = self._sample(sampler, n)
+        return self._answers[name, n]
 
     def rate(self, judge: str, policy: Sampler, start: Sampler, n: int) -> WinRate:
         """Win rate of one policy against another on the first `n` prompts, judged once."""
         key = (judge, policy.fingerprint(), start.fingerprint(), n)
         if key not in self._rates:
-            ours, theirs = self.answers(policy, n), self.answers(start, len(self.questions))[:n]
-            self._rates[key] = compare(self.judges[judge], ours, theirs)
+            theirs = self.answers(start, len(self.questions))[:n]
+            self._rates[key] = compare(self.judges[judge], self.answers(policy, n), theirs)
         return self._rates[key]
 
     def _sample(self, sampler: Sampler, n: int) -> list[Answer]:
@@ -81,7 +81,8 @@ class Arena:
             max_tokens=config.max_tokens,
             temperature=config.temperature,
             stop=self.session.renderer.stop,
-            seed=EVALUATION_SEED + self.session.setup.seed,
+            # Kept apart from the seeds of the training steps, which count up from the first of the run's own.
+            seed=(self.session.setup.seed + 1) * SEEDS_PER_RUN - 1,
         )
         prompts = [each.prompt for each in self.questions[:n]]
         return [group[0] for group in answer(prompts, sampler, self.session.renderer, params, 1)]

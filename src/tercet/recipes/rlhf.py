@@ -31,8 +31,8 @@ class RLHFConfig(SetupConfig):
     """Folder of the run; the same command goes on where it stood."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Stage 1."""
-    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    """Stage 2."""
+    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=56))
+    """Stage 2. Of the built-in comparisons 56 steps are enough; set max_steps to null to learn all of a larger set."""
     held_out_judge: float = 0.25
     """Share of the comparisons that only a second judge learns, which watches RL and is never optimised; 0 has none."""
     held_out_judge_steps: int | None = 24
@@ -50,7 +50,9 @@ class RLHFConfig(SetupConfig):
             "sft": {"data": "HuggingFaceH4/no_robots", "batch_size": 256, "learning_rate": 2e-4, "max_length": 16384,
                     "max_grad_norm": None, "eval_every_steps": 20, "save_every_steps": 100, "test_rows": 256},
             "preference": {"data": "Anthropic/hh-rlhf", "pairs_per_step": 128, "learning_rate": 3e-4,
-                           "max_length": 16384, "max_grad_norm": None, "test_rows": 1024, "save_every_steps": 100},
+                           "max_length": 16384, "max_grad_norm": None, "test_rows": 1024, "save_every_steps": 100,
+                           "warmup_steps": 0, "max_steps": None, "eval_every_steps": 100},
+            "held_out_judge_steps": None,
             "rl": {"data": "Anthropic/hh-rlhf", "prompts_per_step": 256, "group_size": 4, "max_tokens": 1024,
                    "learning_rate": 1e-5, "max_grad_norm": None, "max_prompt_length": 15360, "steps": 100,
                    "judge": "hard", "eval_every_steps": 20, "save_every_steps": 20},

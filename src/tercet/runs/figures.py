@@ -25,10 +25,13 @@ _PAGE_COLOURS = {
 MOST_POINTS = 1200
 """Points in a scatter; of more, every so many-th is drawn."""
 
+MOST_MARKERS = 30
+"""Points of a curve that are marked one by one; a longer curve is a bare line."""
+
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of a panel. `train` is drawn thin with a running mean, as it is noisy; else each point is marked."""
+    """One metric of a panel. `train` says that it is noisy: drawn thin, with the mean over a tenth of the run."""
 
     key: str
     label: str
@@ -85,7 +88,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Held-out bits per byte", "bits per byte", (Curve("test/bpb", "held out"),)),
         Panel("Gradient norm", "norm", (Curve("grad_norm", "gradient", train=True),)),
-        Panel("Learning rate", "per step", (Curve("learning_rate", "learning rate", train=True),)),
+        Panel("Learning rate", "AdamW step size", (Curve("learning_rate", "learning rate"),)),
     ),
     "preference": _JUDGE_PANELS,
     "judge": _JUDGE_PANELS,
@@ -98,7 +101,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
                 Curve("reward_std", "spread within a group", ORANGE, train=True),
             ),
         ),
-        Panel("Divergence from the SFT policy", "nats per token", (Curve("kl", "KL", train=True),), level=0.0),
+        Panel("KL to the starting policy", "nats per answer", (Curve("kl", "KL", train=True),), level=0.0),
         Panel("Entropy", "nats per token", (Curve("entropy", "policy", train=True),)),
         Panel(
             "Length of answers",
@@ -151,7 +154,7 @@ def stage_figures(stage: Stage) -> list[str]:
 
 def win_rate_over_steps(stage: Stage) -> str | None:
     """Win rate against the starting policy over steps, with its 95% interval, under each judge."""
-    figure, axes = _figure(8.6, 3.2)
+    figure, axes = _figure(10.0, 3.7)
     drawn = False
     judges = (("preference", "training judge", BLUE), ("held_out", "held-out judge", ORANGE))
     for judge, label, colour in judges:
@@ -164,17 +167,18 @@ def win_rate_over_steps(stage: Stage) -> str | None:
         low, high = stage.series(f"{key}_low")[1], stage.series(f"{key}_high")[1]
         if len(low) == len(high) == len(steps):
             axes.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
+            axes.vlines(steps, low, high, color=colour, alpha=0.5, linewidth=1)
     if not drawn:
         return None
     axes.axhline(0.5, color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
     axes.set_ylim(0, 1)
-    axes.set_xlabel("step")
+    _steps_on_x(axes, stage)
     axes.set_ylabel("win rate (share of prompts)")
-    return _svg(figure, "Win rate against the SFT policy over steps", legend=axes)
+    return _svg(figure, "Win rate against the starting policy over steps", legend=True)
 
 
 def against_kl(stage: Stage) -> list[str]:
-    """Reward, and win rate, of each step against the KL of that step; later steps are drawn darker."""
+    """Reward, and win rate, of each step against the KL of that step; later steps are drawn stronger."""
     figures = []
     for key, label, marker in (
         ("test/win_rate", "win rate (share of prompts)", "D"), ("reward", "mean reward (points)", "o"),
@@ -182,13 +186,13 @@ def against_kl(stage: Stage) -> list[str]:
         rows = [row for row in stage.metrics if _is_number(row.get("kl")) and _is_number(row.get(key))]
         if len(rows) < 2:
             continue
-        figure, axes = _figure(4.3, 2.9)
+        figure, axes = _figure(4.9, 3.1)
         last = max(1, rows[-1]["step"])
         for row in rows:
             alpha = 0.25 + 0.75 * row["step"] / last
             axes.plot(row["kl"], row[key], marker, color=BLUE, alpha=alpha, markersize=5, markeredgewidth=0)
         axes.set_title(f"{'Win rate' if key != 'reward' else 'Reward'} against KL, each step")
-        axes.set_xlabel("KL to the SFT policy (nats per token)")
+        axes.set_xlabel("KL to the starting policy (nats per answer)")
         axes.set_ylabel(label)
         figures.append(_svg(figure, f"{label} against KL"))
     return figures
@@ -203,7 +207,7 @@ def against_length(samples: Sequence[Row]) -> str | None:
     ]
     if len(points) < 2:
         return None
-    figure, axes = _figure(4.3, 2.9)
+    figure, axes = _figure(4.9, 3.1)
     drawn = points[:: math.ceil(len(points) / MOST_POINTS)]
     axes.plot(*zip(*drawn, strict=True), "o", color=BLUE, alpha=0.25, markersize=3, markeredgewidth=0)
     points.sort()
@@ -213,12 +217,12 @@ def against_length(samples: Sequence[Row]) -> str | None:
     axes.set_title("Reward against length, each sample")
     axes.set_xlabel("length of the answer (tokens)")
     axes.set_ylabel("reward (points)")
-    return _svg(figure, "Reward against length", legend=axes)
+    return _svg(figure, "Reward against length", legend=True)
 
 
 def reliability(judges: Mapping[str, Mapping[str, Any]]) -> str | None:
     """How often each judge is right when it says how sure it is; on the dashed line it is as right as it says."""
-    figure, axes = _figure(4.3, 2.9)
+    figure, axes = _figure(4.9, 3.1)
     lowest, drawn = 0.5, False
     for (name, judge), colour in zip(judges.items(), (BLUE, ORANGE, GREEN), strict=False):
         points = [row for row in judge.get("calibration") or () if row.get("n") and _is_number(row.get("accuracy"))]
@@ -237,7 +241,7 @@ def reliability(judges: Mapping[str, Mapping[str, Any]]) -> str | None:
     axes.set_title("Calibration, held-out comparisons")
     axes.set_xlabel("confidence (probability of the verdict)")
     axes.set_ylabel("accuracy (share right)")
-    return _svg(figure, "Reliability diagram", legend=axes)
+    return _svg(figure, "Reliability diagram", legend=True)
 
 
 def judge_label(name: str) -> str:
@@ -249,11 +253,12 @@ def _draw_panel(panel: Panel, stage: Stage) -> str | None:
     curves = [curve for curve in panel.curves if any(math.isfinite(value) for value in stage.series(curve.key)[1])]
     if not curves:
         return None
-    figure, axes = _figure(4.3, 2.6)
+    figure, axes = _figure(4.9, 2.9)
     for curve in curves:
         steps, values = stage.series(curve.key)
         if not curve.train or len(values) < 3:
-            axes.plot(steps, values, color=curve.colour, marker="o", markersize=3.5, label=curve.label)
+            marker = "o" if len(values) <= MOST_MARKERS else ""
+            axes.plot(steps, values, color=_visible(curve.colour), marker=marker, markersize=3.5, label=curve.label)
         elif len(values) < 40:
             axes.plot(steps, values, color=_visible(curve.colour), label=curve.label)
         else:
@@ -262,20 +267,30 @@ def _draw_panel(panel: Panel, stage: Stage) -> str | None:
     if panel.level is not None:
         axes.axhline(panel.level, color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
     axes.set_title(panel.title)
-    axes.set_xlabel("step")
+    _steps_on_x(axes, stage)
     axes.set_ylabel(panel.unit)
-    return _svg(figure, f"{stage.name}: {panel.title}", legend=axes if len(curves) > 1 else None)
+    return _svg(figure, f"{stage.name}: {panel.title}", legend=len(curves) > 1)
+
+
+def _steps_on_x(axes: Axes, stage: Stage) -> None:
+    """The same steps in every figure of a stage, whatever was measured when."""
+    from matplotlib.ticker import MaxNLocator
+
+    last = max(row["step"] for row in stage.metrics)
+    axes.set_xlim(-0.04 * last - 0.1, 1.04 * last + 0.1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    axes.set_xlabel("step")
 
 
 def _visible(colour: str) -> str:
     return INK if colour == LINE else colour
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
     means = []
-    for end in range(1, len(values) + 1):
-        recent = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
-        means.append(_mean(recent) if recent else math.nan)
+    for middle in range(len(values)):
+        near = [value for value in values[max(0, middle - reach) : middle + reach + 1] if math.isfinite(value)]
+        means.append(_mean(near) if near else math.nan)
     return means
 
 
@@ -298,24 +313,24 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(LINE)
-    axes.tick_params(colors=INK, labelsize=8, length=3)
+    axes.tick_params(colors=INK, labelsize=8.5, length=3)
     axes.grid(color=LINE, linewidth=0.6, alpha=0.7)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     return figure, axes
 
 
-def _svg(figure: Figure, name: str, *, legend: Axes | None = None) -> str:
+def _svg(figure: Figure, name: str, *, legend: bool = False) -> str:
     import matplotlib
 
     for axes in figure.axes:
+        axes.yaxis.get_offset_text().set(color=INK, fontsize=8.5)
         axes.title.set(color=INK, fontsize=10, fontweight="bold")
-        axes.title.set_horizontalalignment("center")
         for label in (axes.xaxis.label, axes.yaxis.label):
-            label.set(color=INK, fontsize=8.5)
-    if legend is not None:
-        legend.legend(frameon=False, fontsize=8, labelcolor=INK)
+            label.set(color=INK, fontsize=9)
+    if legend:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
     out = io.StringIO()
     # The salt makes identifiers, by which a drawing refers to its parts, differ between the figures of a page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "axes.unicode_minus": True}):

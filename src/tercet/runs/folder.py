@@ -29,14 +29,11 @@ class Stage:
     samples: list[Row]
     starts: list[Row]
     config: str
+    steps: int
+    """Steps that were done; a row of metrics after the last one, measured at the end, is none."""
     is_done: bool
     elapsed_s: float | None
     """Seconds up to the last checkpoint; None when there is none."""
-
-    @property
-    def steps(self) -> int:
-        """Steps that were logged."""
-        return len(self.metrics)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was measured; null, which stands for not finite, is NaN."""
@@ -67,9 +64,8 @@ class RunFolder:
         """The model's name, where the config has one."""
         for text in (self.config, *(stage.config for stage in self.stages.values())):
             config = yaml.safe_load(text) if text else None
-            name = config.get("model") if isinstance(config, Mapping) else None
-            if isinstance(name, Mapping):
-                name = name.get("name")
+            groups = [config, config.get("setup")] if isinstance(config, Mapping) else []
+            name = next((group["model"] for group in groups if isinstance(group, Mapping) and "model" in group), None)
             if isinstance(name, str):
                 return name
         return None
@@ -154,6 +150,7 @@ def _read_stage(directory: Path, name: str | None) -> Stage:
         samples=read_rows(directory / "samples.jsonl"),
         starts=starts,
         config=_read_text(directory / "config.yaml"),
+        steps=len({row["step"] for row in metrics}) if done is None else done["step"],
         is_done=done is not None,
         elapsed_s=elapsed_s,
     )

@@ -71,6 +71,7 @@ def write_report(root: Path) -> Path:
         group=_last_group(folder.stages["rl"].samples) if "rl" in folder.stages else None,
         configs=list(_configs(folder)),
         environment=list(_environment(folder.environment)),
+        is_long=_is_long,
         version=tercet.__version__,
         made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -88,8 +89,9 @@ def verdict(folder: RunFolder) -> str:
     held_out = folder.win_rate("held_out")
     watched = ""
     if held_out is not None and "low" in held_out and "high" in held_out:
-        agrees = _clearly(held_out) == _clearly(rate)
-        watched = f"; the held-out judge {'agrees' if agrees else 'is not so sure'} ({_percent(held_out['win_rate'])})"
+        apart = abs(_clearly(held_out) - _clearly(rate))
+        says = ("agrees", "is not so sure" if _clearly(rate) else "sees one", "disagrees")[apart]
+        watched = f"; the held-out judge {says} ({_percent(held_out['win_rate'])})"
     start = "the SFT policy" if "sft" in folder.stages else "the policy it started from"
     if _clearly(rate) == 0:
         return f"No clear difference: the RL policy wins {_percent(rate['win_rate'])} against {start}{watched}"
@@ -167,21 +169,17 @@ def _win_rate_row(row: Row) -> list[str]:
 
 def _judge_row(name: str, judge: Row) -> list[str]:
     shares = ("accuracy", "accuracy_short_chosen", "accuracy_long_chosen", "flip_rate")
-    label = figures.judge_label(name)
-    return [
-        label,
-        *(_percent(judge.get(key)) for key in shares),
-        *(_number(judge.get(key)) for key in ("ece", "nll", "n")),
-    ]
+    figures_of = [_percent(judge.get(key)) for key in shares] + [_fixed(judge.get(key), 3) for key in ("ece", "nll")]
+    return [figures.judge_label(name), *figures_of, _number(judge.get("n"))]
 
 
 def _policy_row(name: str, policy: Row) -> list[str]:
-    length, clipped = _number(policy.get("mean_length")), _percent(policy.get("clipped_ratio"))
-    return [_policy_label(name), length, clipped, _number(policy.get("entropy")), _number(policy.get("kl"))]
+    length, clipped = _fixed(policy.get("mean_length"), 1), _percent(policy.get("clipped_ratio"))
+    return [_policy_label(name), length, clipped, _fixed(policy.get("entropy"), 2), _fixed(policy.get("kl"), 2)]
 
 
 def _policy_label(name: str) -> str:
-    return {"rl": "RL", "sft": "SFT"}.get(name, name)
+    return {"rl": "RL", "sft": "SFT", "start": "its start", "chosen": "chosen answers"}.get(name, name)
 
 
 def _last_group(samples: list[Row]) -> dict[str, Any] | None:
@@ -194,12 +192,17 @@ def _last_group(samples: list[Row]) -> dict[str, Any] | None:
     answers = [
         {
             "text": row["completion"],
-            "facts": f"reward {_number(row.get('reward'))}, advantage {_number(row.get('advantage'))}, "
+            "facts": f"reward {_fixed(row.get('reward'), 2)}, advantage {_fixed(row.get('advantage'), 2)}, "
             f"{_number(row.get('tokens'))} tokens, ended by {row.get('stop_reason', '?')}",
         }
         for row in rows
     ]
     return {"step": last["step"], "prompt": last.get("prompt", []), "answers": answers}
+
+
+def _is_long(prompt: list[dict[str, str]]) -> bool:
+    """Whether a prompt does not fit the one line of its heading."""
+    return len(prompt) > 1 or any(len(message["content"]) > 110 or "\n" in message["content"] for message in prompt)
 
 
 def _configs(folder: RunFolder) -> Iterator[tuple[str, str]]:
@@ -236,3 +239,8 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else format_number(value)
+
+
+def _fixed(value: float | None, decimals: int) -> str:
+    """So many decimals; what rounds to zero has no sign."""
+    return "-" if value is None or not math.isfinite(value) else f"{round(value, decimals) + 0.0:.{decimals}f}"

@@ -153,6 +153,23 @@ def test_every_kind_of_step_moves_towards_the_judge(bandit, judge_of, open_run, 
     assert float(one.probabilities(trainer.sampler())[2]) > 0.4
 
 
+def test_the_divergence_is_taken_off_the_reward(bandit, judge_of, open_run, tmp_path):
+    settings = {"steps": 15, "prompts_per_step": 3, "max_tokens": 3, "learning_rate": 0.2}
+    free, held = (RLConfig(**settings, kl_coef=coefficient) for coefficient in (0.0, 2.0))
+    train(bandit(), judge_of(prefers_y), open_run, tmp_path / "free", free)
+    train(bandit(), judge_of(prefers_y), open_run, tmp_path / "held", held)
+    kl = {name: rows_of(tmp_path / name / "metrics.jsonl")[-2]["kl"] for name in ("free", "held")}
+    assert kl["held"] < 0.3 < 0.7 < kl["free"]
+
+
+def test_every_step_draws_anew(bandit, judge_of, open_run, tmp_path):
+    still = RLConfig(steps=3, prompts_per_step=2, max_tokens=3, learning_rate=1e-9)
+    train(bandit(), judge_of(prefers_y), open_run, tmp_path, still)
+    rows = rows_of(tmp_path / "samples.jsonl")
+    drawn = {step: tuple(row["completion"] for row in rows if row["step"] == step) for step in range(3)}
+    assert len(set(drawn.values())) == 3
+
+
 def test_the_first_step_is_on_policy_whatever_the_temperature(bandit, judge_of, open_run, tmp_path):
     for temperature in (0.7, 1.0, 1.3):
         config = RLConfig(steps=1, prompts_per_step=2, max_tokens=3, temperature=temperature)
@@ -195,15 +212,22 @@ def test_every_steps_samples_are_written_down(bandit, judge_of, open_run, tmp_pa
 
 def test_a_reference_that_is_not_the_policys_start_is_found_out(bandit, judge_of, open_run, tmp_path):
     other = bandit((0.7, 0.1, 0.1, 0.1)).engine.sampler()
-    with pytest.raises(TrainingError, match="policy and reference differ by up to .* they are not the same model"):
+    with pytest.raises(TrainingError, match="policy and reference differ by .* they are not the same model"):
         train(bandit(), judge_of(prefers_y), open_run, tmp_path, reference=other)
 
 
 def test_a_trainer_that_disagrees_with_its_sampler_is_found_out():
-    learned = {"sampling/sampling_logp_difference/max": 0.5}
-    with pytest.raises(TrainingError, match=r"trainer and sampler differ by up to 0\.5000 nats"):
+    learned = {"sampling/sampling_logp_difference/mean": 0.5, "ratio": 1.0}
+    with pytest.raises(TrainingError, match=r"trainer and sampler differ by 0\.5000 nats"):
         self_check(learned, [[[0.0]]])
-    self_check({"sampling/sampling_logp_difference/max": 0.01}, [[[0.01, -0.01]]])
+    fine = {"sampling/sampling_logp_difference/mean": 0.01, "ratio": 1.25}
+    assert self_check(fine, [[[0.01, -0.03]]]) == {
+        "check/weights_equal": 1.0,
+        "check/ratio_error": 0.25,
+        "check/kl_at_start": pytest.approx(-0.02),
+        "check/logprob_gap_trainer_and_sampler": 0.01,
+        "check/logprob_gap_policy_and_reference": pytest.approx(0.02),
+    }
 
 
 def test_a_sampler_that_holds_older_weights_is_found_out():

@@ -50,7 +50,7 @@ def test_the_optimizer_gets_what_the_config_says():
         (lambda: PreferenceConfig(epochs=0), "epochs 0"),
         (lambda: RLConfig(group_size=1), "tournament of 1"),
         (lambda: RLConfig(group_size=5, chunk=4), "chunks of 4"),
-        (lambda: RLConfig(substeps=9), "from 1 to prompts_per_step, which is 8"),
+        (lambda: RLConfig(substeps=9, prompts_per_step=8), "from 1 to prompts_per_step, which is 8"),
         (lambda: RLConfig(temperature=0), "temperature is 0"),
     ],
 )

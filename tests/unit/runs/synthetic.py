@@ -157,28 +157,25 @@ def evaluation() -> dict[str, object]:
         "flip_rate": 0.0875,
         "calibration": [row | {"accuracy": row["accuracy"] - 0.06} for row in calibration],
     }
+    results = (
+        ("rl", "sft", "preference", 0.764, 0.703, 0.825),
+        ("rl", "sft", "held_out", 0.707, 0.642, 0.772),
+        ("rl", "chosen", "preference", 0.442, 0.371, 0.513),
+        ("sft", "base", "preference", 0.681, 0.614, 0.748),
+    )
+    names = ("policy", "against", "judge", "win_rate", "low", "high")
+    answers = {
+        "base": "Basil is a plant. Basil is a plant that grows. Plants grow in many places, and basil is one of the",
+        "sft": f"Give it light and water it when the soil feels dry. {TRICKY}",
+        "rl": "Put it where the sun falls for six hours, water it when the soil is dry,\nand pinch its tips.",
+    }
     return {
-        "win_rates": [
-            {"policy": "rl", "against": "sft", "judge": "preference", "win_rate": 0.764, "stderr": 0.031, "low": 0.703, "high": 0.825, "n": 120},
-            {"policy": "rl", "against": "sft", "judge": "held_out", "win_rate": 0.707, "stderr": 0.033, "low": 0.642, "high": 0.772, "n": 120},
-            {"policy": "rl", "against": "chosen", "judge": "preference", "win_rate": 0.442, "stderr": 0.036, "low": 0.371, "high": 0.513, "n": 120},
-            {"policy": "sft", "against": "base", "judge": "preference", "win_rate": 0.681, "stderr": 0.034, "low": 0.614, "high": 0.748, "n": 120},
-        ],
+        "win_rates": [dict(zip(names, row, strict=True)) | {"stderr": 0.03, "n": 120} for row in results],
         "judges": {"preference": judge, "held_out": watching},
         "policies": {
             "base": {"mean_length": 58.2, "clipped_ratio": 0.41, "entropy": 1.52, "kl": 0.21},
             "sft": {"mean_length": 45.8, "clipped_ratio": 0.12, "entropy": 1.38, "kl": 0.0},
             "rl": {"mean_length": 37.4, "clipped_ratio": 0.02, "entropy": 0.93, "kl": 0.087},
         },
-        "samples": [
-            {
-                "prompt": [{"role": "user", "content": prompt}],
-                "answers": {
-                    "base": "Basil is a plant. Basil is a plant that grows. Plants grow in many places, and basil is one of the plants that",
-                    "sft": f"Give it light and water it when the soil feels dry. {TRICKY}",
-                    "rl": "Put it where the sun falls for six hours, water it when the top of the soil is dry,\nand pinch the tips so that it grows bushy.",
-                },
-            }
-            for prompt in PROMPTS
-        ],
-    }  # fmt: skip
+        "samples": [{"prompt": [{"role": "user", "content": prompt}], "answers": answers} for prompt in PROMPTS],
+    }
