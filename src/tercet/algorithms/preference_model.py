@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ from tercet.evaluation.judges import agreement
 from tercet.rewards.judge import Judge
 from tercet.runs.durable import write_atomically
 from tercet.runs.run import Run
-from tercet.types import Batch, Comparison
+from tercet.types import Batch, Comparison, StepResult
 
 AGREEMENT_FILE = "agreement.json"
 """In a run's folder: accuracy, calibration and consistency at the newest evaluation."""
@@ -101,4 +103,10 @@ def preference_model(
         run=run,
         evaluate=evaluate,
         eval_every_steps=config.eval_every_steps,
+        measure=label_accuracy,
     )
+
+
+def label_accuracy(result: StepResult) -> dict[str, float]:
+    """Share of the batch's labels that had more than half of the probability before they were learned."""
+    return {"accuracy": statistics.fmean(row[-1] > math.log(0.5) for row in result.logprobs)}

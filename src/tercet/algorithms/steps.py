@@ -100,6 +100,7 @@ def train(
     run: Run,
     evaluate: Callable[[], Mapping[str, float]],
     eval_every_steps: int,
+    measure: Callable[[StepResult], Mapping[str, float]] = lambda result: {},
 ) -> None:
     """Learn every batch once by likelihood, from wherever the run stands. The last row holds the final evaluation."""
     start = run.start()
@@ -113,7 +114,7 @@ def train(
         measured = evaluate() if eval_every_steps and step % eval_every_steps == 0 else {}
         result = learn(trainer, batch, "cross_entropy", run)
         optim = trainer.optim_step(config.adam(step, steps)).result()
-        run.log(step, {**supervised_metrics(batch, result), **measured, "learning_rate": optim.learning_rate,
+        run.log(step, {**supervised_metrics(batch, result), **measure(result), **measured, "learning_rate": optim.learning_rate,
                        "grad_norm": optim.grad_norm, "progress": (step + 1) / steps,
                        "time/step_s": time.monotonic() - began})  # fmt: skip
         if run.save_is_due(step + 1):
