@@ -182,7 +182,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What the model says of each token: `logprobs[i][t]` is of `tokens[t]` of sequence i; 0.0 where the weight is 0."""
+    """What the model says: `logprobs[i][t]` is of `tokens[t]` of sequence i; 0.0 where the weight is 0."""
 
     logprobs: list[list[float]]
     entropies: list[list[float]]

@@ -21,8 +21,8 @@ from tercet.rewards.tournament import Pattern, matches
 from tercet.runs.run import Run
 from tercet.types import Batch, Conversation, SamplingParams
 
-# Mean difference, in nats a token, of log-probs found by two routes. Float32 gives 1e-6, bfloat16 about 0.01; above this
-# it is not the same model.
+# Mean difference, in nats a token, of log-probs found by two routes. Float32 gives 1e-6, bfloat16 about 0.01; above
+# this it is not the same model.
 LOGPROB_TOLERANCE = 0.05
 # A run samples step after step with seeds of its own; the next run's begin beyond them.
 SEEDS_PER_RUN = 1_000_000
@@ -40,7 +40,7 @@ class RLConfig(OptimConfig):
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "constant"
     """How the learning rate falls."""
-    steps: int = 10
+    steps: int = 12
     """Rounds of sampling and learning."""
     prompts_per_step: int = 5
     """Prompts answered per step."""
@@ -66,7 +66,7 @@ class RLConfig(OptimConfig):
     """Weight of the KL to the reference (the SFT policy), taken off the reward of each answer."""
     substeps: int = 1
     """Optimizer steps per round; the groups are dealt out among them."""
-    eval_every_steps: int = 10
+    eval_every_steps: int = 12
     """Steps between win-rate evaluations; 0 evaluates only at the end."""
     save_every_steps: int = 5
     """Steps between checkpoints; 0 saves only at the end."""
@@ -144,8 +144,9 @@ def policy_gradient(
         clock.append(time.monotonic())
         checked = self_check(learned, kl) if step == 0 else {}
         run.samples(step, sample_rows(groups, penalised, advantage))
-        run.log(step, {**reward_metrics(groups, penalised), **judged, **kl_metrics(kl), **learned, **measured, **checked,
-                       **length_metrics([each for group in groups for each in group]), **times(clock)})  # fmt: skip
+        run.log(step, {**reward_metrics(groups, penalised), **judged, **kl_metrics(kl), **learned, **measured,
+                       **checked, **length_metrics([each for group in groups for each in group]),
+                       **times(clock)})  # fmt: skip
         if run.save_is_due(step + 1):
             run.save(trainer, next_step=step + 1)
     run.log(config.steps, evaluate(trainer.sampler(), config.steps))

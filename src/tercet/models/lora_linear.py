@@ -1,8 +1,8 @@
 """One operation for a linear layer with a low-rank adapter, where peft's own takes six.
 
-peft adds `lora_B(lora_A(x)) * scaling` to the frozen layer's output: three passes over an output-sized tensor forward and
-two backward, and more kept for the gradient. Here the update is accumulated into the output in place, and only the input
-and its projection are kept. Shapes: x (…, in), W (out, in), A (rank, in), B (out, rank).
+peft adds `lora_B(lora_A(x)) * scaling` to the frozen layer's output: three passes over an output-sized tensor forward
+and two backward, and more kept for the gradient. Here the update is accumulated into the output in place, and only the
+input and its projection are kept. Shapes: x (…, in), W (out, in), A (rank, in), B (out, rank).
 """
 
 from __future__ import annotations

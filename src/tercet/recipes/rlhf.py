@@ -31,11 +31,11 @@ class RLHFConfig(SetupConfig):
     """Folder of the run; the same command goes on where it stood."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Stage 1."""
-    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=56))
-    """Stage 2. Of the built-in comparisons 56 steps are enough; set max_steps to null to learn all of a larger set."""
+    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=72))
+    """Stage 2. Of the built-in comparisons 72 steps are enough; set max_steps to null to learn all of a larger set."""
     held_out_judge: float = 0.25
     """Share of the comparisons that only a second judge learns, which watches RL and is never optimised; 0 has none."""
-    held_out_judge_steps: int | None = 24
+    held_out_judge_steps: int | None = 40
     """Optimizer steps of the second judge, at most; null learns its share for all epochs."""
     rl: RLConfig = field(default_factory=RLConfig)
     """Stage 3."""

@@ -55,7 +55,8 @@ _ACCURACY = Panel(
     "share of comparisons",
     (
         Curve("accuracy", "training", LINE, train=True),
-        Curve("test/accuracy", "held out"),
+        Curve("test/accuracy_both", "held out, both orders averaged"),
+        Curve("test/accuracy", "held out, single verdicts", INK),
         Curve("test/accuracy_short_chosen", "held out, shorter is better", ORANGE),
         Curve("test/accuracy_long_chosen", "held out, longer is better", GREEN),
     ),

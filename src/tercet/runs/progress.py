@@ -13,8 +13,8 @@ from rich.text import Text
 
 SHOWN: dict[str, dict[str, str]] = {
     "sft": {"loss": "loss", "test/nll": "test nll"},
-    "preference": {"loss": "loss", "accuracy": "accuracy", "test/accuracy": "test accuracy"},
-    "judge": {"loss": "loss", "accuracy": "accuracy", "test/accuracy": "test accuracy"},
+    "preference": {"loss": "loss", "accuracy": "accuracy", "test/accuracy_both": "test accuracy"},
+    "judge": {"loss": "loss", "accuracy": "accuracy", "test/accuracy_both": "test accuracy"},
     "rl": {
         "reward": "reward",
         "test/win_rate": "win rate",

@@ -113,11 +113,14 @@ def headline(folder: RunFolder) -> Iterator[Card]:
             yield Card(label, _percent(rate["win_rate"]), detail, bounds)
     judge = folder.evaluation.get("judges", {}).get("preference", {})
     preference = folder.stages.get("preference")
-    accuracy = judge.get("accuracy", preference.last("test/accuracy") if preference else None)
-    if accuracy is not None:
-        flips = judge.get("flip_rate", preference.last("test/flip_rate") if preference else None)
-        detail = "" if flips is None else f"verdict flips with the order in {_percent(flips)}"
-        yield Card("Preference accuracy, held-out comparisons", _percent(accuracy), detail)
+    both, single, flips = (
+        judge.get(key, preference.last(f"test/{key}") if preference else None)
+        for key in ("accuracy_both", "accuracy", "flip_rate")
+    )
+    if both is not None and single is not None:
+        detail = f"both orders averaged; {_percent(single)} of single verdicts"
+        detail += "" if flips is None else f", {_percent(flips)} of pairs flip with the order"
+        yield Card("Preference accuracy, held-out comparisons", _percent(both), detail)
     sft = folder.stages.get("sft")
     start, end = (sft.first("test/nll"), sft.last("test/nll")) if sft else (None, None)
     if start is not None and end is not None:
@@ -168,7 +171,7 @@ def _win_rate_row(row: Row) -> list[str]:
 
 
 def _judge_row(name: str, judge: Row) -> list[str]:
-    shares = ("accuracy", "accuracy_short_chosen", "accuracy_long_chosen", "flip_rate")
+    shares = ("accuracy_both", "accuracy", "accuracy_short_chosen", "accuracy_long_chosen", "flip_rate")
     figures_of = [_percent(judge.get(key)) for key in shares] + [_fixed(judge.get(key), 3) for key in ("ece", "nll")]
     return [figures.judge_label(name), *figures_of, _number(judge.get("n"))]
 

@@ -12,7 +12,7 @@ import pytest
 from tercet.data import load_comparisons, load_conversations, load_prompts
 from tercet.data.sources import BUILTIN
 from tercet.data.turns import opening
-from tercet.types import Comparison, Conversation
+from tercet.types import Comparison, Conversation, Message
 
 pytestmark = pytest.mark.skipif(
     not all(path.is_file() for path in BUILTIN.values()), reason="the built-in corpus is not there"
@@ -25,16 +25,20 @@ def words(conversation: Conversation) -> int:
 
 
 def length_baseline(comparisons: Sequence[Comparison]) -> float:
-    """The share that length alone gets right: always the shorter, or always the longer, whichever does better.
+    """The share that length alone gets right at best: the shorter, the longer, or the nearer to the best length.
 
-    Answers as long as each other (in characters) count half.
+    Answers that such a rule values alike count half.
     """
-    shorter = 0.0
-    for row in comparisons:
-        chosen, rejected = (sum(len(turn.content) for turn in answer) for answer in (row.chosen, row.rejected))
-        shorter += 0.5 if chosen == rejected else float(chosen < rejected)
-    share = shorter / len(comparisons)
-    return max(share, 1 - share)
+    lengths = [
+        tuple(sum(len(turn.content) for turn in answer) for answer in (row.chosen, row.rejected)) for row in comparisons
+    ]
+
+    def share(best: int) -> float:
+        gaps = [(abs(chosen - best), abs(rejected - best)) for chosen, rejected in lengths]
+        return sum(0.5 if a == b else float(a < b) for a, b in gaps) / len(gaps)
+
+    # Nearest to 0 is the shorter one; nearest to a length that nothing reaches, the longer.
+    return max(share(best) for best in (*range(0, 400), 10**6))
 
 
 def raw(name: str) -> list[dict[str, Any]]:
@@ -45,6 +49,8 @@ def test_length_baseline_takes_the_better_direction() -> None:
     row = load_comparisons("builtin").rows[0]
     longer = Comparison(row.prompt, row.a, row.a + row.b, "B")
     assert length_baseline([longer, longer, longer.swapped(), Comparison(row.prompt, row.a, row.a, "A")]) == 0.875
+    two, six, ten = ((Message("assistant", "x" * n),) for n in (2, 6, 10))
+    assert length_baseline([Comparison(row.prompt, six, two, "A"), Comparison(row.prompt, ten, six, "B")]) == 1
 
 
 def test_there_are_at_least_200_conversations_and_400_comparisons_80_of_them_held_out() -> None:
