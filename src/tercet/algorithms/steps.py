@@ -115,8 +115,8 @@ def train(
         result = learn(trainer, batch, "cross_entropy", run)
         optim = trainer.optim_step(config.adam(step, steps)).result()
         run.log(step, {**supervised_metrics(batch, result), **measure(result), **measured,
-                       "learning_rate": optim.learning_rate, "grad_norm": optim.grad_norm, "progress": (step + 1) / steps,
-                       "time/step_s": time.monotonic() - began})  # fmt: skip
+                       "learning_rate": optim.learning_rate, "grad_norm": optim.grad_norm,
+                       "progress": (step + 1) / steps, "time/step_s": time.monotonic() - began})  # fmt: skip
         if run.save_is_due(step + 1):
             run.save(trainer, next_step=step + 1)
     run.log(steps, evaluate())
