@@ -103,6 +103,19 @@ class Batch:
 
     data: Sequence[Datum]
     pairs: Sequence[tuple[int, int]] = ()
+    pair_weights: Sequence[float] | None = None
+    """How much each pair counts; None weighs all alike."""
+    pair_streams: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What a loss wants to know of each pair."""
+
+    def __post_init__(self) -> None:
+        weights = {} if self.pair_weights is None else {"pair_weights": self.pair_weights}
+        for name, values in {**weights, **self.pair_streams}.items():
+            if len(values) != len(self.pairs):
+                raise EngineError(f"{name} has {len(values)} entries for {len(self.pairs)} pairs; they must be as many")
+        for pair in self.pairs:
+            if not all(0 <= i < len(self.data) for i in pair):
+                raise EngineError(f"the pair {pair} points outside the batch of {len(self.data)} sequences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +174,15 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head:
+    """A linear layer from the last hidden state to one number: a reward model's score, or a critic's value."""
+
+    init_std: float | None = None
+    """Standard deviation of its first weights; None is 1 / sqrt(D + 1) for hidden states of width D (Stiennon et al.
+    2020, arXiv:2009.01325)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdamParams:
     """One step of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
 
@@ -186,11 +208,16 @@ class TokenOutputs:
 
     logprobs: list[list[float]]
     entropies: list[list[float]]
+    values: list[list[float]] = field(default_factory=list)
+    """The head's output for the tokens before t; empty without a head."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The normalised loss of a batch, its weighted mean metrics, and the log-probs it was computed from."""
+    """The normalised loss of a batch, its weighted mean metrics, and the log-probs it was computed from.
+
+    `logprobs` is empty where the loss reads none.
+    """
 
     loss: float
     metrics: dict[str, float]

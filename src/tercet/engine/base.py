@@ -15,6 +15,7 @@ from tercet.types import (
     AdamParams,
     Batch,
     Completion,
+    Head,
     LoraConfig,
     OptimResult,
     SamplingParams,
@@ -44,6 +45,18 @@ class Sampler(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """Frozen weights with a head, which give a sequence one number."""
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> Future[list[float]]:
+        """The head at the last token of every sequence."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the trained weights this scorer was made from."""
+        ...
+
+
 class Trainer(Protocol):
     """One set of trainable weights. Requests are done in the order they were made."""
 
@@ -65,12 +78,23 @@ class Trainer(Protocol):
         """One AdamW step on the gradient so far, which is then zero."""
         ...
 
-    def forward(self, batch: Batch, *, temperature: float = 1.0) -> Future[TokenOutputs]:
-        """Log-probs and entropies where weights are not zero; no gradient."""
+    def forward(self, batch: Batch, *, temperature: float = 1.0, values_only: bool = False) -> Future[TokenOutputs]:
+        """Log-probs, entropies and, with a head, values where weights are not zero; no gradient.
+
+        `values_only` leaves out the first two, and the work for them.
+        """
         ...
 
     def sampler(self) -> Sampler:
         """A frozen copy of the weights as they are now."""
+        ...
+
+    def scorer(self) -> Scorer:
+        """The same, to score with.
+
+        Raises:
+            EngineError: There is no head.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -94,10 +118,28 @@ class Engine(Protocol):
         """The longest sequence the model takes."""
         ...
 
-    def trainer(self, *, init: Weights | None = None, lora: LoraConfig | None = None, seed: int = 0) -> Trainer:
-        """New trainable weights: an adapter (`lora`) or the whole model (`lora=None`), from `init` or from the base."""
+    def trainer(
+        self,
+        *,
+        init: Weights | None = None,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
+        head: Head | None = None,
+    ) -> Trainer:
+        """New trainable weights: an adapter (`lora`) or the whole model (`lora=None`), from `init` or from the base.
+
+        With `head` it gets a new head; without, the one that was saved with `init`, if any.
+        """
         ...
 
     def sampler(self, weights: Weights | None = None) -> Sampler:
         """Frozen weights: a saved adapter or model, or the base itself (None)."""
+        ...
+
+    def scorer(self, weights: Weights) -> Scorer:
+        """Frozen weights that were saved with a head.
+
+        Raises:
+            EngineError: They have none.
+        """
         ...

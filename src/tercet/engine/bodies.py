@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tercet.engine import step
+from tercet.engine.outputs import Body
 from tercet.engine.sampler import MAX_ROWS, generate
-from tercet.engine.step import Body
 from tercet.errors import CheckpointError, EngineError, TrainingError
 from tercet.types import (
     AdamParams,
     Batch,
     Completion,
     Datum,
+    Head,
     OptimResult,
     SamplingParams,
     StepResult,
@@ -34,6 +36,7 @@ from tercet.types import (
 Result = TypeVar("Result")
 OPTIMIZER_FILE = "optimizer.safetensors"
 GENERATOR_FILE = "generator.safetensors"
+HEAD_PARAMETER = "score.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +102,66 @@ class BodySampler:
 
     def fingerprint(self) -> str:
         """See `Sampler`."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.tensors)
+
+
+class BodyScorer:
+    """See `tercet.engine.base.Scorer`; it takes over what a `BodySampler` does."""
+
+    def __init__(self, body: Callable[[], Body], tensors: Mapping[str, Tensor], budgets: Budgets) -> None:
+        self.body, self.tensors, self.budgets = body, tensors, budgets
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> Future[list[float]]:
+        """See `Scorer`."""
+        return done(lambda: step.scores(self.body(), sequences, max_tokens=self.budgets.score_tokens))
+
+    def fingerprint(self) -> str:
+        """See `Scorer`."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self.tensors)
 
 
 class BodyTrainer(ABC):
     """Gradient, optimizer and their state; what is left of `tercet.engine.base.Trainer` is which weights learn."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], budgets: Budgets) -> None:
-        self.parameters, self.budgets = dict(parameters), budgets
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], budgets: Budgets, value_head: nn.Linear | None = None
+    ) -> None:
+        """Take over what learns.
+
+        Args:
+            parameters: By the names under which the optimizer's state is saved.
+            budgets: Of the engine.
+            value_head: The head, which learns as well.
+        """
+        self.parameters, self.budgets, self.value_head = dict(parameters), budgets, value_head
+        if value_head is not None:
+            self.parameters[HEAD_PARAMETER] = value_head.weight  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0)
+
+    def head_weight(self) -> Tensor | None:
+        """A copy of the head's weights (1, D), if there is a head."""
+        return None if self.value_head is None else self.value_head.weight.detach().clone()
+
+    def set_head(self, weight: Tensor | None) -> None:
+        """Take over saved weights of the head.
+
+        Raises:
+            CheckpointError: There are some and no head, or the other way round.
+        """
+        if (weight is None) != (self.value_head is None):
+            has, lacks = ("the trainer", "the save") if weight is None else ("the save", "the trainer")
+            raise CheckpointError(f"{has} has a head, and {lacks} has none")
+        if weight is not None and self.value_head is not None:
+            with torch.no_grad():
+                self.value_head.weight.copy_(weight)
 
     @abstractmethod
     def body(self) -> Body:
@@ -129,10 +183,14 @@ class BodyTrainer(ABC):
 
         return done(work)
 
-    def forward(self, batch: Batch, *, temperature: float = 1.0) -> Future[TokenOutputs]:
+    def forward(self, batch: Batch, *, temperature: float = 1.0, values_only: bool = False) -> Future[TokenOutputs]:
         """See `Trainer`."""
         budget = self.budgets.score_tokens
-        return done(lambda: step.forward(self.body(), batch, max_tokens=budget, temperature=temperature))
+        return done(
+            lambda: step.forward(
+                self.body(), batch, max_tokens=budget, temperature=temperature, values_only=values_only
+            )
+        )
 
     def optim_step(self, params: AdamParams) -> Future[OptimResult]:
         """See `Trainer`.
@@ -192,6 +250,20 @@ class BodyTrainer(ABC):
             }
         self.optimizer.zero_grad()
         torch.random.set_rng_state(generator)
+
+
+def new_head(width: int, head: Head, *, seed: int) -> nn.Linear:
+    """A head as a trainer begins with it; its draw depends on the seed alone."""
+    std = (width + 1) ** -0.5 if head.init_std is None else head.init_std
+    drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) * std
+    return head_of(drawn)
+
+
+def head_of(weight: Tensor) -> nn.Linear:
+    """A head (1, D) with these weights, float32."""
+    layer = nn.Linear(weight.shape[1], 1, bias=False, device=weight.device)
+    layer.weight = nn.Parameter(weight.detach().clone().float())
+    return layer
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

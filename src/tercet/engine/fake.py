@@ -17,11 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tercet.engine.bodies import BodySampler, BodyTrainer, Budgets, Language, done, fingerprint
-from tercet.engine.step import Body
+from tercet.engine.bodies import (
+    BodySampler,
+    BodyScorer,
+    BodyTrainer,
+    Budgets,
+    Language,
+    done,
+    fingerprint,
+    head_of,
+    new_head,
+)  # fmt: skip
+from tercet.engine.outputs import Body
 from tercet.errors import CheckpointError, EngineError
 from tercet.models.tree_attention import Layout
-from tercet.types import LoraConfig, Weights
+from tercet.types import Head, LoraConfig, Weights
 
 TABLE_FILE = "table.safetensors"
 
@@ -112,60 +122,98 @@ class FakeEngine:
         """See `Engine`."""
         return self.base.context_tokens
 
-    def trainer(self, *, init: Weights | None = None, lora: LoraConfig | None = None, seed: int = 0) -> FakeTrainer:
-        """See `Engine`. Nothing is random at the start, so `seed` changes nothing."""
-        return FakeTrainer(self, self.base.logits if init is None else self.read(init))
+    def trainer(
+        self,
+        *,
+        init: Weights | None = None,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
+        head: Head | None = None,
+    ) -> FakeTrainer:
+        """See `Engine`. Nothing but a head is random at the start. A head reads the logits of a context."""
+        logits, saved = (self.base.logits, None) if init is None else self.read(init)
+        value_head = None if saved is None else head_of(saved)
+        if head is not None:
+            value_head = new_head(self.base.logits.shape[1], head, seed=seed)
+        return FakeTrainer(self, logits, value_head)
 
     def sampler(self, weights: Weights | None = None) -> BodySampler:
         """See `Engine`."""
-        return self.frozen_sampler(self.base.logits if weights is None else self.read(weights))
+        return self.frozen_sampler(*((self.base.logits, None) if weights is None else self.read(weights)))
 
-    def frozen_sampler(self, logits: Tensor) -> BodySampler:
+    def frozen_sampler(self, logits: Tensor, head: Tensor | None) -> BodySampler:
         """A sampler of a copy of these logits."""
+        body, tensors = self._frozen(logits, head)
+        return BodySampler(lambda: body, tensors, self.language, self.budgets)
+
+    def scorer(self, weights: Weights) -> BodyScorer:
+        """See `Engine`."""
+        return self.frozen_scorer(*self.read(weights))
+
+    def frozen_scorer(self, logits: Tensor, head: Tensor | None) -> BodyScorer:
+        """A scorer of a copy of these logits; an EngineError without a head."""
+        if head is None:
+            raise EngineError("these weights have no head to score with")
+        body, tensors = self._frozen(logits, head)
+        return BodyScorer(lambda: body, tensors, self.budgets)
+
+    def _frozen(self, logits: Tensor, head: Tensor | None) -> tuple[Body, dict[str, Tensor]]:
         table = Table(logits, self.base.order, self.context_tokens).requires_grad_(False)
-        return BodySampler(lambda: self.body(table), {"logits": table.logits}, self.language, self.budgets)
+        value_head = None if head is None else head_of(head).requires_grad_(False)
+        return self.body(table, value_head), named(table, value_head)
 
-    def body(self, table: Table) -> Body:
+    def body(self, table: Table, value_head: nn.Linear | None = None) -> Body:
         """A table as a model: its hidden states are logits, so the head is the identity."""
-        return Body(table, self._head, torch.device("cpu"), self.context_tokens)
+        return Body(table, self._head, torch.device("cpu"), self.context_tokens, value_head)
 
-    def read(self, weights: Weights) -> Tensor:
-        """Saved logits; a CheckpointError where they are missing, damaged, or of another shape."""
+    def read(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
+        """Saved logits and head; a CheckpointError where they are missing, damaged, or of another shape."""
         try:
-            logits: Tensor = load_file(weights.path / TABLE_FILE)["logits"]
+            saved = load_file(weights.path / TABLE_FILE)
+            logits: Tensor = saved["logits"]
         except (OSError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{weights.path} holds no table of logits: {error}") from error
         if logits.shape != self.base.logits.shape:
             raise CheckpointError(f"{weights.path} holds logits of another shape, {tuple(logits.shape)}")
-        return logits
+        return logits, saved.get("head")
+
+
+def named(table: Table, value_head: nn.Linear | None) -> dict[str, Tensor]:
+    """What is learned, under the names of the saved file."""
+    head = {} if value_head is None else {"head": value_head.weight.detach()}
+    return {"logits": table.logits.detach(), **head}
 
 
 class FakeTrainer(BodyTrainer):
     """See `tercet.engine.base.Trainer`."""
 
-    def __init__(self, engine: FakeEngine, logits: Tensor) -> None:
+    def __init__(self, engine: FakeEngine, logits: Tensor, value_head: nn.Linear | None) -> None:
         self.engine, self.context_tokens = engine, engine.context_tokens
         self.table = Table(logits, engine.base.order, engine.context_tokens)
-        super().__init__({"logits": self.table.logits}, engine.budgets)
+        super().__init__({"logits": self.table.logits}, engine.budgets, value_head)
 
     def body(self) -> Body:
         """The table as a model."""
-        return self.engine.body(self.table)
+        return self.engine.body(self.table, self.value_head)
 
     def sampler(self) -> BodySampler:
         """See `Trainer`."""
-        return self.engine.frozen_sampler(self.table.logits)
+        return self.engine.frozen_sampler(self.table.logits, self.head_weight())
+
+    def scorer(self) -> BodyScorer:
+        """See `Trainer`."""
+        return self.engine.frozen_scorer(self.table.logits, self.head_weight())
 
     def fingerprint(self) -> str:
         """See `Trainer`."""
-        return fingerprint({"logits": self.table.logits})
+        return fingerprint(named(self.table, self.value_head))
 
     def save(self, directory: Path) -> Future[Weights]:
         """See `Trainer`."""
 
         def work() -> Weights:
             directory.mkdir(parents=True, exist_ok=True)
-            save_file({"logits": self.table.logits.detach()}, directory / TABLE_FILE)
+            save_file(named(self.table, self.value_head), directory / TABLE_FILE)
             self.save_state(directory)
             return Weights(directory)
 
@@ -175,8 +223,10 @@ class FakeTrainer(BodyTrainer):
         """See `Trainer`."""
 
         def work() -> None:
+            logits, head = self.engine.read(weights)
             with torch.no_grad():
-                self.table.logits.copy_(self.engine.read(weights))
+                self.table.logits.copy_(logits)
+            self.set_head(head)
             self.load_state(weights.path)
 
         return done(work)

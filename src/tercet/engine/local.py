@@ -15,27 +15,49 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tercet.engine.bodies import BodySampler, BodyTrainer, Budgets, Language, done, fingerprint
+from tercet.engine.bodies import (
+    BodySampler,
+    BodyScorer,
+    BodyTrainer,
+    Budgets,
+    Language,
+    done,
+    fingerprint,
+    head_of,
+    new_head,
+)  # fmt: skip
+from tercet.engine.outputs import Body
 from tercet.engine.sampler import MAX_ROWS
-from tercet.engine.step import Body
 from tercet.errors import CheckpointError, EngineError
 from tercet.models import adapters
 from tercet.models.load import LoadedModel
 from tercet.models.lora_linear import fuse
 from tercet.models.quiet import quiet
-from tercet.types import LoraConfig, Weights
+from tercet.types import Head, LoraConfig, Weights
+
+HEAD_FILE = "head.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frozen:
-    """Weights that no longer change: an adapter's tensors, a whole model's, or (neither) the base's."""
+    """Weights that no longer change: an adapter's tensors, a whole model's, or (neither) the base's; and a head's."""
 
     lora: LoraConfig | None = None
     tensors: Mapping[str, Tensor] | None = None
+    head: Tensor | None = None
+
+    def all_tensors(self) -> dict[str, Tensor]:
+        """Everything that was trained, by name."""
+        return with_head(self.tensors or {}, self.head)
+
+
+def with_head(tensors: Mapping[str, Tensor], head: Tensor | None) -> dict[str, Tensor]:
+    """Trained tensors with the head's among them."""
+    return {**tensors, **({} if head is None else {adapters.HEAD_KEY: head})}
 
 
 class LocalEngine:
@@ -71,7 +93,12 @@ class LocalEngine:
         return self.loaded.context_tokens
 
     def trainer(
-        self, *, init: Weights | None = None, lora: LoraConfig | None = None, seed: int = 0
+        self,
+        *,
+        init: Weights | None = None,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
+        head: Head | None = None,
     ) -> LoraTrainer | FullTrainer:
         """See `Engine`. An adapter given as `init` brings its own rank and targets.
 
@@ -86,13 +113,17 @@ class LocalEngine:
                 f"{init} holds a whole model, but an adapter sits on the base: load it as the base model, or train "
                 "the whole model (lora=None)"
             )
+        value_head = None if saved is None or saved.head is None else head_of(saved.head)
+        if head is not None:
+            width = self.body(self.model).head.in_features
+            value_head = new_head(width, head, seed=seed).to(self._device())
         if lora is None:
-            return FullTrainer(self, None if saved is None else saved.tensors)
+            return FullTrainer(self, None if saved is None else saved.tensors, value_head)
         name = f"adapter{self._adapters}"
         self._adapters += 1
         self.peft = adapters.add_adapter(self.peft or self.model, name, lora, base=self.loaded.name, seed=seed)
         fuse(self.peft)
-        trainer = LoraTrainer(self, name, lora)
+        trainer = LoraTrainer(self, name, lora, value_head)
         if saved is not None and saved.tensors is not None:
             adapters.set_adapter_tensors(self.peft, name, dict(saved.tensors))
         return trainer
@@ -103,19 +134,33 @@ class LocalEngine:
 
     def frozen_sampler(self, frozen: Frozen) -> BodySampler:
         """A sampler of weights that no longer change."""
-        return BodySampler(lambda: self.work_body(frozen), frozen.tensors or {}, self.language, self.budgets)
+        return BodySampler(lambda: self.work_body(frozen), frozen.all_tensors(), self.language, self.budgets)
 
-    def body(self, model: nn.Module) -> Body:
+    def scorer(self, weights: Weights) -> BodyScorer:
+        """See `Engine`."""
+        return self.frozen_scorer(self._frozen(weights), str(weights.path))
+
+    def frozen_scorer(self, frozen: Frozen, name: str = "these weights") -> BodyScorer:
+        """A scorer of weights that no longer change.
+
+        Raises:
+            EngineError: They have no head.
+        """
+        if frozen.head is None:
+            raise EngineError(f"{name} have no head to score with: they are a policy's, not a reward model's")
+        return BodyScorer(lambda: self.work_body(frozen), frozen.all_tensors(), self.budgets)
+
+    def body(self, model: nn.Module, value_head: nn.Linear | None = None) -> Body:
         """The parts of a model of the base's architecture."""
         trunk, head = getattr(model, self.model.base_model_prefix), model.get_output_embeddings()  # type: ignore[operator]
-        return Body(trunk, head, self._device(), self.context_tokens)
+        return Body(trunk, head, self._device(), self.context_tokens, value_head)
 
     def work_body(self, frozen: Frozen) -> Body:
         """The work copy, holding the given weights."""
         if self._work_holds is not frozen:
             self._fill(frozen)
             self._work_holds = frozen
-        return self.body(self._work)
+        return self.body(self._work, None if frozen.head is None else head_of(frozen.head))
 
     def detached_copy(self, tensors: Mapping[str, Tensor] | None) -> PreTrainedModel:
         """A trainable model of its own, float32 whatever the base is: the base's weights or the given ones."""
@@ -155,11 +200,13 @@ class LocalEngine:
     def _frozen(self, weights: Weights) -> Frozen:
         if adapters.is_adapter(weights.path):
             config, tensors = adapters.read_adapter(weights.path)
-            return Frozen(config, {name: tensor.to(self._device()) for name, tensor in tensors.items()})
+            tensors = {name: tensor.to(self._device()) for name, tensor in tensors.items()}
+            head = tensors.pop(adapters.HEAD_KEY, None)
+            return Frozen(config, tensors, head)
         path = weights.path / "model.safetensors"
         if not path.is_file():
             raise EngineError(f"{weights.path} holds neither an adapter nor model.safetensors")
-        return Frozen(None, _whole(load_file(path), self._base))
+        return Frozen(None, _whole(load_file(path), self._base), _read_head(weights.path, self._device()))
 
     def _device(self) -> torch.device:
         return next(iter(self._base.values())).device
@@ -168,36 +215,38 @@ class LocalEngine:
 class LoraTrainer(BodyTrainer):
     """See `tercet.engine.base.Trainer`; the weights are one adapter's."""
 
-    def __init__(self, engine: LocalEngine, name: str, lora: LoraConfig) -> None:
+    def __init__(self, engine: LocalEngine, name: str, lora: LoraConfig, value_head: nn.Linear | None) -> None:
         assert engine.peft is not None
-        super().__init__(adapters.adapter_parameters(engine.peft, name), engine.budgets)
-        self.engine = engine
+        super().__init__(adapters.adapter_parameters(engine.peft, name), engine.budgets, value_head)
+        self.engine, self.context_tokens = engine, engine.context_tokens
         self.name, self.lora, self.peft = name, lora, engine.peft
-
-    @property
-    def context_tokens(self) -> int:
-        """See `Trainer`."""
-        return self.engine.context_tokens
 
     def body(self) -> Body:
         """The base with this adapter active."""
         if self.peft.active_adapters != [self.name]:
             self.peft.set_adapter(self.name)
-        return self.engine.body(self.engine.model)
+        return self.engine.body(self.engine.model, self.value_head)
 
     def sampler(self) -> BodySampler:
         """See `Trainer`."""
-        return self.engine.frozen_sampler(Frozen(self.lora, adapters.adapter_tensors(self.peft, self.name)))
+        return self.engine.frozen_sampler(self._frozen())
+
+    def scorer(self) -> BodyScorer:
+        """See `Trainer`."""
+        return self.engine.frozen_scorer(self._frozen())
+
+    def _frozen(self) -> Frozen:
+        return Frozen(self.lora, adapters.adapter_tensors(self.peft, self.name), self.head_weight())
 
     def fingerprint(self) -> str:
         """See `Trainer`."""
-        return fingerprint(adapters.adapter_tensors(self.peft, self.name))
+        return fingerprint(self._frozen().all_tensors())
 
     def save(self, directory: Path) -> Future[Weights]:
         """See `Trainer`."""
 
         def work() -> Weights:
-            adapters.save_adapter(self.peft, self.name, directory)
+            adapters.save_adapter(self.peft, self.name, directory, self.head_weight())
             self.save_state(directory)
             return Weights(directory)
 
@@ -209,6 +258,7 @@ class LoraTrainer(BodyTrainer):
         def work() -> None:
             _, tensors = adapters.read_adapter(weights.path)
             adapters.set_adapter_tensors(self.peft, self.name, tensors)
+            self.set_head(tensors.get(adapters.HEAD_KEY))
             self.load_state(weights.path)
 
         return done(work)
@@ -217,27 +267,29 @@ class LoraTrainer(BodyTrainer):
 class FullTrainer(BodyTrainer):
     """See `tercet.engine.base.Trainer`; the weights are a copy of the whole model's, float32."""
 
-    def __init__(self, engine: LocalEngine, tensors: Mapping[str, Tensor] | None) -> None:
+    def __init__(self, engine: LocalEngine, tensors: Mapping[str, Tensor] | None, value_head: nn.Linear | None) -> None:
         self.model = engine.detached_copy(tensors)
-        super().__init__(dict(sorted(self.model.named_parameters())), engine.budgets)
-        self.engine = engine
-
-    @property
-    def context_tokens(self) -> int:
-        """See `Trainer`."""
-        return self.engine.context_tokens
+        super().__init__(dict(sorted(self.model.named_parameters())), engine.budgets, value_head)
+        self.engine, self.context_tokens = engine, engine.context_tokens
 
     def body(self) -> Body:
         """The model."""
-        return self.engine.body(self.model)
+        return self.engine.body(self.model, self.value_head)
 
     def sampler(self) -> BodySampler:
         """See `Trainer`."""
-        return self.engine.frozen_sampler(Frozen(None, self._tensors(copied=True)))
+        return self.engine.frozen_sampler(self._frozen())
+
+    def scorer(self) -> BodyScorer:
+        """See `Trainer`."""
+        return self.engine.frozen_scorer(self._frozen())
+
+    def _frozen(self) -> Frozen:
+        return Frozen(None, self._tensors(copied=True), self.head_weight())
 
     def fingerprint(self) -> str:
         """See `Trainer`."""
-        return fingerprint(self._tensors(copied=False))
+        return fingerprint(with_head(self._tensors(copied=False), self.head_weight()))
 
     def save(self, directory: Path) -> Future[Weights]:
         """See `Trainer`."""
@@ -245,6 +297,8 @@ class FullTrainer(BodyTrainer):
         def work() -> Weights:
             with quiet():
                 self.model.save_pretrained(directory, max_shard_size="100GB")
+            if (head := self.head_weight()) is not None:
+                save_file({adapters.HEAD_KEY: head.cpu()}, directory / HEAD_FILE)
             self.save_state(directory)
             return Weights(directory)
 
@@ -258,6 +312,7 @@ class FullTrainer(BodyTrainer):
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     parameter.copy_(tensors[name])
+            self.set_head(_read_head(weights.path, self.engine.body(self.model).device))
             self.load_state(weights.path)
 
         return done(work)
@@ -266,6 +321,11 @@ class FullTrainer(BodyTrainer):
         # Once for each parameter: a tied one has two names.
         own = {id(p): p.detach().clone() if copied else p.detach() for p in self.model.parameters()}
         return {name: own[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False)}
+
+
+def _read_head(directory: Path, device: torch.device) -> Tensor | None:
+    path = directory / HEAD_FILE
+    return load_file(path)[adapters.HEAD_KEY].to(device) if path.is_file() else None
 
 
 def _whole(saved: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

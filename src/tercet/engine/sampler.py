@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tercet.engine.collate import forest
 from tercet.engine.draw import draw, uniforms
-from tercet.engine.step import Body, forest_layout
+from tercet.engine.outputs import Body, forest_layout
 from tercet.errors import EngineError
 from tercet.models.tree_attention import Layout
 from tercet.types import Completion, SamplingParams, StopReason

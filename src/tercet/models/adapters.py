@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -18,6 +19,8 @@ from tercet.types import LoraConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+HEAD_KEY = "base_model.model.score.weight"
+"""Where peft keeps the head of a sequence classifier; a (1, D) tensor."""
 
 
 def add_adapter(
@@ -87,6 +90,7 @@ def set_adapter_tensors(model: peft.PeftModel, name: str, tensors: dict[str, Ten
         ModelError: The tensors are not those of this adapter.
     """
     wanted = _state(model, name)
+    tensors = {key: tensor for key, tensor in tensors.items() if key != HEAD_KEY}
     if wanted.keys() != tensors.keys() or any(wanted[key].shape != tensors[key].shape for key in wanted):
         raise ModelError(
             f"the saved adapter has {len(tensors)} tensors, the adapter here {len(wanted)}, or their shapes differ; "
@@ -97,19 +101,25 @@ def set_adapter_tensors(model: peft.PeftModel, name: str, tensors: dict[str, Ten
             value.copy_(tensors[key])
 
 
-def save_adapter(model: peft.PeftModel, name: str, directory: Path) -> None:
-    """Write one adapter in peft's layout: `adapter_config.json` and `adapter_model.safetensors`."""
+def save_adapter(model: peft.PeftModel, name: str, directory: Path, head: Tensor | None = None) -> None:
+    """Write one adapter in peft's layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+    With a head (1, D) it is that of a sequence classifier, which transformers and peft load as one.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(model, name), directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = model.peft_config[name]
-    was = config.inference_mode
+    tensors = adapter_tensors(model, name)
+    if head is not None:
+        tensors[HEAD_KEY] = head.detach().cpu().contiguous()
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[name])
     config.inference_mode = True
+    if head is not None:
+        config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]  # type: ignore[attr-defined]
     config.save_pretrained(str(directory))
-    config.inference_mode = was
 
 
 def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and tensors of an adapter in peft's layout.
+    """Configuration and tensors of an adapter in peft's layout; that of a classifier has `HEAD_KEY` among them.
 
     Raises:
         ModelError: The directory holds no LoRA adapter.

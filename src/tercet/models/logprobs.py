@@ -14,9 +14,14 @@ CHUNK_TOKENS = 256
 
 
 def token_logprobs(
-    hidden: Float[Tensor, "N D"], targets: Int[Tensor, " N"], head: nn.Linear, temperature: float = 1.0
+    hidden: Float[Tensor, "N D"],
+    targets: Int[Tensor, " N"],
+    head: nn.Linear,
+    temperature: float = 1.0,
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Log-prob of each target, and the entropy of its distribution (without gradient), in float32.
+    """Log-prob of each target, and the entropy of its distribution, in float32.
 
     Logits are made float32 (float64 ones stay so) before they are divided by the temperature. A temperature of 0 stands
     for greedy sampling, whose log-probs are those of temperature 1.
@@ -26,15 +31,21 @@ def token_logprobs(
         targets: The tokens that followed.
         head: The language-model head.
         temperature: Sampling temperature.
+        entropy_gradient: Whether the entropy is learned from; without, it is a plain number.
     """
     divisor = temperature if temperature > 0 else 1.0
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head.weight.requires_grad):
-        parts = [_chunk(h, t, head, divisor) for h, t in _chunks(hidden, targets)]
+        parts = [_chunk(h, t, head, divisor, False) for h, t in _chunks(hidden, targets)]
     elif type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        out: tuple[Tensor, Tensor] = _FrozenHead.apply(hidden, targets, head, divisor)  # type: ignore[no-untyped-call]
+        out: tuple[Tensor, Tensor] = _FrozenHead.apply(  # type: ignore[no-untyped-call]
+            hidden, targets, head, divisor, entropy_gradient
+        )
         return out
     else:
-        parts = [checkpoint(_chunk, h, t, head, divisor, use_reentrant=False) for h, t in _chunks(hidden, targets)]
+        parts = [
+            checkpoint(_chunk, h, t, head, divisor, entropy_gradient, use_reentrant=False)
+            for h, t in _chunks(hidden, targets)
+        ]
     if not parts:
         return _precise(hidden.new_zeros(0)), _precise(hidden.new_zeros(0))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -50,11 +61,13 @@ def _precise(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _chunk(hidden: Tensor, targets: Tensor, head: nn.Module, divisor: float) -> tuple[Tensor, Tensor]:
+def _chunk(
+    hidden: Tensor, targets: Tensor, head: nn.Module, divisor: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     logits = _precise(head(hidden)) / divisor
     log_total = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_total
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         probabilities = torch.exp(logits - log_total[:, None])
         entropy = log_total - (probabilities * logits).sum(-1)
     return logprobs, entropy
@@ -64,12 +77,17 @@ class _FrozenHead(torch.autograd.Function):
     """The gradient of each log-prob with respect to its hidden state, found while the logits are at hand.
 
     A log-prob is one number, so its gradient is one vector a token: W[target] minus the mean of W under the
-    distribution. Keeping that vector spares both the logits and a second pass through the head.
+    distribution. Keeping that vector spares both the logits and a second pass through the head. An entropy that is
+    learned from costs one more vector: minus the sum of p (log p + entropy) W.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, divisor: float) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, directions = [], [], []
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, divisor: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        nothing = _precise(hidden.new_zeros(0))
+        logprobs, entropies = [nothing], [nothing]
+        directions, entropy_directions = [hidden.new_zeros(0, hidden.shape[1])], [hidden.new_zeros(0, hidden.shape[1])]
         for h, t in _chunks(hidden, targets):
             logits = _precise(torch.nn.functional.linear(h, head.weight, head.bias)) / divisor
             log_total = torch.logsumexp(logits, dim=-1)
@@ -78,18 +96,19 @@ class _FrozenHead(torch.autograd.Function):
             entropies.append(log_total - (probabilities * logits).sum(-1))
             mean = probabilities.to(head.weight.dtype) @ head.weight
             directions.append((head.weight[t] - mean) / divisor)
-        if not logprobs:
-            nothing = _precise(hidden.new_zeros(0))
-            entropy = nothing.clone()
-            ctx.mark_non_differentiable(entropy)
-            ctx.save_for_backward(torch.zeros_like(hidden))
-            return nothing, entropy
-        ctx.save_for_backward(torch.cat(directions))
+            if entropy_gradient:
+                surprise = probabilities * (logits - log_total[:, None] + entropies[-1][:, None])
+                entropy_directions.append(surprise.to(head.weight.dtype) @ head.weight / -divisor)
         entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(torch.cat(directions), torch.cat(entropy_directions))
         return torch.cat(logprobs), entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (directions,) = ctx.saved_tensors
-        return grads[0][:, None].to(directions.dtype) * directions, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        directions, entropy_directions = ctx.saved_tensors
+        grad = grads[0][:, None].to(directions.dtype) * directions
+        if len(entropy_directions):
+            grad = grad + grads[1][:, None].to(directions.dtype) * entropy_directions
+        return grad, None, None, None, None

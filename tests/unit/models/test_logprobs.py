@@ -121,3 +121,17 @@ def test_hidden_states_and_head_are_left_as_they_were():
     before, head = hidden.clone(), head_of(weight)
     token_logprobs(hidden.requires_grad_(True), targets, head, 0.5)
     assert torch.equal(hidden.detach(), before) and torch.equal(head.weight, weight)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("n", [1, CHUNK_TOKENS + 7])
+def test_an_entropy_that_is_learned_from_has_plain_autograds_gradient(n, frozen):
+    hidden, weight, bias, targets = example(n)
+    ours, theirs = hidden.clone().requires_grad_(True), hidden.clone().requires_grad_(True)
+    head = head_of(weight, bias, frozen=frozen)
+    logprobs, entropy = token_logprobs(ours, targets, head, 0.7, entropy_gradient=True)
+    full = torch.log_softmax(nn.functional.linear(theirs, weight, bias) / 0.7, -1)
+    coefficients = torch.arange(1.0, n + 1, dtype=torch.float64)
+    (entropy * coefficients + logprobs).sum().backward()
+    (-(full.exp() * full).sum(-1) * coefficients + full.gather(-1, targets[:, None])[:, 0]).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-9)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tercet.engine.collate import forest
 from tercet.engine.local import LocalEngine
-from tercet.engine.step import forest_layout
+from tercet.engine.outputs import forest_layout
 from tercet.models.load import load_model
 from tercet.models.tiny import tiny_model
 from tercet.types import AdamParams, Batch, Datum, LoraConfig, SamplingParams
@@ -138,7 +138,7 @@ def attention(query, key, value, sees, scale):
     st.integers(1, 9),
 )
 def test_attention_over_any_forest_is_attention_with_the_tries_mask(monkeypatch, sequences, heads, span_tokens):
-    monkeypatch.setattr("tercet.engine.step.SPAN_TOKENS", span_tokens)
+    monkeypatch.setattr("tercet.engine.outputs.SPAN_TOKENS", span_tokens)
     packed = forest(sequences)
     n = len(packed.tokens)
     generator = torch.Generator().manual_seed(n)

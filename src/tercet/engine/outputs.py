@@ -1,0 +1,104 @@
+"""What a model says of sequences: log-probs, entropies, values and scores, every shared prefix computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tercet.engine.collate import Forest, IntArray, forest
+from tercet.models.logprobs import token_logprobs
+from tercet.models.tree_attention import ForestLayout, Layout, span
+
+# Attention is computed in spans of about this many tokens: fewer calls than one a branch, little masked-out work.
+SPAN_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Body:
+    """A causal language model's parts: tokens -> hidden states, hidden states -> logits, and perhaps -> a number."""
+
+    trunk: nn.Module
+    head: nn.Linear
+    device: torch.device
+    context_tokens: int
+    value_head: nn.Linear | None = None
+
+    def hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
+        """Last hidden states (T, D) of one packed row (T,)."""
+        out = self.trunk(
+            input_ids=torch.from_numpy(tokens)[None].to(self.device),
+            position_ids=torch.from_numpy(positions)[None].to(self.device),
+            use_cache=False,
+            layout=layout,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """The head's number for hidden states (N, D), in float32 or finer."""
+        assert self.value_head is not None
+        value: Tensor = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+        return value
+
+
+def forest_layout(packed: Forest, device: torch.device) -> ForestLayout:
+    """How a packed forest attends."""
+    ends = torch.from_numpy(packed.subtree_end)
+    return ForestLayout(
+        tuple(
+            span(unit.start, unit.end, torch.from_numpy(unit.ancestors), ends).to(device)
+            for unit in packed.units(SPAN_TOKENS)
+        )
+    )
+
+
+def outputs(
+    body: Body,
+    sequences: Sequence[Sequence[int]],
+    wanted: Sequence[IntArray],
+    kinds: Collection[str],
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+) -> dict[str, Tensor]:
+    """What the model says where it is asked.
+
+    Args:
+        body: The model.
+        sequences: Token ids.
+        wanted: For each sequence the positions t >= 1 that are asked about; what is said of the token at t comes from
+            the hidden state at t - 1.
+        kinds: Of `logprobs`, `entropies`, `values` (of the wanted tokens of all sequences, one after another, (N,)) and
+            `scores` (one a sequence, at its last token).
+        temperature: Of the distribution.
+        entropy_gradient: Whether entropies are learned from.
+    """
+    whole = "scores" in kinds
+    # Nothing is predicted from a sequence's last token, so unless it is scored it is not computed: both labels of a
+    # pair become one path.
+    packed = forest([tokens if whole or len(tokens) == 1 else tokens[:-1] for tokens in sequences])
+    hidden = body.hidden(packed.tokens, packed.positions, forest_layout(packed, body.device))
+    sources = _indices([path[t - 1] for path, t in zip(packed.paths, wanted, strict=True)]).to(body.device)
+    said: dict[str, Tensor] = {}
+    if "logprobs" in kinds or "entropies" in kinds:
+        targets = [np.asarray(tokens, dtype=np.int64)[t] for tokens, t in zip(sequences, wanted, strict=True)]
+        said["logprobs"], said["entropies"] = token_logprobs(
+            hidden[sources],
+            _indices(targets).to(body.device),
+            body.head,
+            temperature,
+            entropy_gradient=entropy_gradient,
+        )
+    if "values" in kinds:
+        said["values"] = body.values(hidden[sources])
+    if whole:
+        said["scores"] = body.values(hidden[torch.tensor([int(path[-1]) for path in packed.paths]).to(body.device)])
+    return said
+
+
+def _indices(parts: Sequence[IntArray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
