@@ -10,6 +10,8 @@ from tercet.types import SamplingParams
 
 # The vocabulary is summed in blocks of this many tokens; one uniform number finds the block and then the token in it.
 BLOCK = 512
+# Rows drawn together on a CPU: what is computed of them stays in its cache.
+CPU_ROWS = 16
 
 
 def uniforms(seed: int, prompt: int, sample: int, n: int) -> np.ndarray:
@@ -24,6 +26,16 @@ def draw(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tenso
     log-prob is under what remains after them; each of the three looks at the whole distribution, and a token stays when
     all let it.
     """
+    if logits.device.type != "cpu" or len(logits) <= CPU_ROWS:
+        return _draw(logits, params, uniform)
+    parts = [
+        _draw(few, params, numbers)
+        for few, numbers in zip(torch.split(logits, CPU_ROWS), torch.split(uniform, CPU_ROWS), strict=True)
+    ]
+    return torch.cat([tokens for tokens, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
+
+
+def _draw(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     if params.temperature == 0:
         tokens = logits.argmax(-1)
@@ -32,7 +44,7 @@ def draw(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tenso
     if params.top_p < 1 or params.top_k > 0 or params.min_p > 0:
         logits = _restricted(logits, params)
     highest = logits.amax(-1, keepdim=True)
-    mass = torch.exp(logits - highest)
+    mass = (logits - highest).exp_()
     tokens, total = _inverse_cdf(mass, uniform)
     chosen = logits.gather(-1, tokens[:, None])[:, 0] - highest[:, 0]
     return tokens, chosen - total.log().to(chosen.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet.engine.collate import Forest, IntArray, forest
+from tercet.models.frozen_llama import frozen_llama
 from tercet.models.logprobs import token_logprobs
 from tercet.models.tree_attention import ForestLayout, Layout, span
 
@@ -29,12 +30,12 @@ class Body:
 
     def hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
         """Last hidden states (T, D) of one packed row (T,)."""
-        out = self.trunk(
-            input_ids=torch.from_numpy(tokens)[None].to(self.device),
-            position_ids=torch.from_numpy(positions)[None].to(self.device),
-            use_cache=False,
-            layout=layout,
-        )
+        row, places = torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device)
+        if not torch.is_grad_enabled() and not self.head.weight.requires_grad:
+            fast = frozen_llama(self.trunk, self.head)
+            if fast is not None:
+                return fast.hidden(row, places, layout)
+        out = self.trunk(input_ids=row[None], position_ids=places[None], use_cache=False, layout=layout)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

@@ -4,99 +4,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tercet.engine.collate import forest
+from tercet.engine.collate import IntArray, forest
 from tercet.engine.draw import draw, uniforms
+from tercet.engine.kv_cache import Decode, KeyValueCache, Prefill
 from tercet.engine.outputs import Body, forest_layout
 from tercet.errors import EngineError
+from tercet.models.frozen_llama import frozen_llama
 from tercet.models.tree_attention import Layout
 from tercet.types import Completion, SamplingParams, StopReason
 
 # A decode step over 128 rows costs far less a token than one over 8; beyond that it gains little.
 MAX_ROWS = 128
 PREFILL_TOKENS = 4096
-
-
-class KeyValueCache:
-    """Keys and values of every row: per layer (rows, kv_heads, capacity, d), allocated once."""
-
-    def __init__(self, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-
-    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Storage of a layer; `like` is (kv_heads, T, d)."""
-        if layer not in self.keys:
-            shape = (self.rows, like.shape[0], self.capacity, like.shape[-1])
-            self.keys[layer], self.values[layer] = like.new_zeros(shape), like.new_zeros(shape)
-        return self.keys[layer], self.values[layer]
-
-    def move(self, source: int, to: int, length: int) -> None:
-        """Copy a row's first `length` entries."""
-        for store in (*self.keys.values(), *self.values.values()):
-            store[to, :, :length] = store[source, :, :length]
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """Attention over packed prompts that also files each prompt's keys and values under its rows."""
-
-    layout: Layout
-    cache: KeyValueCache
-    paths: tuple[Tensor, ...]
-    rows: tuple[tuple[int, ...], ...]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See `tercet.models.tree_attention.Layout`."""
-        keys, values = self.cache.layer(layer, key)
-        for path, rows in zip(self.paths, self.rows, strict=True):
-            k, v = key[:, path], value[:, path]
-            for row in rows:
-                keys[row, :, : len(path)] = k
-                values[row, :, : len(path)] = v
-        return self.layout.attend(layer, query, key, value, scale)
-
-
-@dataclass(frozen=True)
-class Decode:
-    """One new token of each of R rows against that row's cache."""
-
-    cache: KeyValueCache
-    positions: Tensor
-    bias: Tensor
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See `tercet.models.tree_attention.Layout`; here the row's tokens are the newest of R rows."""
-        keys, values = self.cache.layer(layer, key)
-        heads, rows, d = query.shape
-        kv_heads, seen = key.shape[0], self.bias.shape[1]
-        here = torch.arange(rows, device=query.device)
-        keys[here, :, self.positions] = key.transpose(0, 1)
-        values[here, :, self.positions] = value.transpose(0, 1)
-        k = keys[:rows].view(rows * kv_heads, -1, d)[:, :seen]
-        v = values[:rows].view(rows * kv_heads, -1, d)[:, :seen]
-        q = query.transpose(0, 1).reshape(rows * kv_heads, heads // kv_heads, d)
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-        scores.view(rows, -1, seen).add_(self.bias[:, None])
-        return torch.bmm(torch.softmax(scores, -1), v).view(rows, heads, d).transpose(0, 1)
-
-
-@dataclass
-class _Row:
-    """A completion on its way."""
-
-    prompt: int
-    sample: int
-    length: int
-    uniform: np.ndarray
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,6 +47,14 @@ class Stops:
             return "eos"
         return "length" if len(tokens) >= limit else None
 
+    def candidates(self, newest: IntArray, count: IntArray, limit: int) -> list[int]:
+        """The rows of which `reason` has to be asked: all of them where there are stop strings."""
+        if self.strings:
+            return list(range(len(newest)))
+        asked = np.isin(newest, sorted(self.tokens | self.eos)) | (count >= limit)
+        found: list[int] = np.flatnonzero(asked).tolist()
+        return found
+
 
 def generate(
     body: Body,
@@ -132,6 +65,7 @@ def generate(
     eos: frozenset[int],
     decode: Callable[[list[int]], str],
     max_rows: int = MAX_ROWS,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """Draw `n` completions of every prompt.
 
@@ -143,6 +77,8 @@ def generate(
         eos: Tokens that end a text for this model.
         decode: Tokens -> text, for stop strings.
         max_rows: Rows decoded side by side.
+        seeds: One a prompt, which is then drawn as if it were alone; None draws prompt i as number i under
+            `params.seed`.
 
     Raises:
         EngineError: A prompt is empty or leaves no room for `max_tokens`.
@@ -163,30 +99,79 @@ def generate(
         decode,
     )
     rows = min(max_rows, len(prompts) * n)
-    loop = _Loop(body, prompts, params, stops, KeyValueCache(rows, max(map(len, prompts)) + params.max_tokens))
+    origins = [(params.seed, i) if seeds is None else (seeds[i], 0) for i in range(len(prompts))]
     waiting = deque((i, range(at, min(at + rows, n))) for i in range(len(prompts)) for at in range(0, n, rows))
     done: list[list[Completion | None]] = [[None] * n for _ in prompts]
     with torch.inference_mode():
-        while waiting or loop.active:
-            free = rows - len(loop.active)
+        loop = _Loop(body, prompts, params, stops, rows, origins)
+        while waiting or len(loop.rows):
+            free = rows - len(loop.rows)
             # A lone prompt fills the machine badly: let a quarter of the rows come free before the next ones enter.
-            if waiting and (not loop.active or free >= max(len(waiting[0][1]), rows // 4)):
+            if waiting and (not len(loop.rows) or free >= max(len(waiting[0][1]), rows // 4)):
                 loop.admit(waiting, free)
             else:
                 loop.step()
-            for row, completion in loop.leave():
-                done[row.prompt][row.sample] = completion
-    return [[completion for completion in group if completion is not None] for group in done]
+            for place, sample, completion in loop.leave():
+                done[place][sample] = completion
+    return [[one for one in group if one is not None] for group in done]
+
+
+class _Rows:
+    """The completions on their way, one a row; the arrays have room for all rows there may be."""
+
+    def __init__(self, rows: int, max_tokens: int) -> None:
+        self.n = 0
+        self.prompt, self.sample, self.prompt_tokens, self.count = (np.zeros(rows, dtype=np.int64) for _ in range(4))
+        self.uniform = np.zeros((rows, max_tokens))
+        self.tokens = np.zeros((rows, max_tokens), dtype=np.int64)
+        self.logprobs = np.zeros((rows, max_tokens), dtype=np.float32)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def enter(self, prompt: int, sample: int, prompt_tokens: int, uniform: np.ndarray) -> None:
+        """One more row."""
+        self.prompt[self.n], self.sample[self.n], self.prompt_tokens[self.n] = prompt, sample, prompt_tokens
+        self.uniform[self.n], self.count[self.n] = uniform, 0
+        self.n += 1
+
+    @property
+    def newest(self) -> IntArray:
+        """The last token of each row."""
+        token: IntArray = self.tokens[np.arange(self.n), self.count[: self.n] - 1]
+        return token
+
+    def close(self, gone: Sequence[int]) -> list[tuple[int, int]]:
+        """Take rows out; the last ones take over their places. Which went where."""
+        left = set(gone)
+        self.n -= len(left)
+        stay = [row for row in range(self.n, self.n + len(left)) if row not in left]
+        moves = list(zip(stay, sorted(row for row in left if row < self.n), strict=True))
+        if moves:
+            source, to = map(list, zip(*moves, strict=True))
+            for array in (
+                self.prompt, self.sample, self.prompt_tokens, self.count, self.uniform, self.tokens, self.logprobs
+            ):  # fmt: skip
+                array[to] = array[source]
+        return moves
 
 
 class _Loop:
-    """The rows being decoded; row i of the cache belongs to `active[i]`."""
+    """The rows being decoded."""
 
     def __init__(
-        self, body: Body, prompts: Sequence[Sequence[int]], params: SamplingParams, stops: Stops, cache: KeyValueCache
+        self,
+        body: Body,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        stops: Stops,
+        rows: int,
+        origins: Sequence[tuple[int, int]],
     ) -> None:
-        self.body, self.prompts, self.params, self.stops, self.cache = body, prompts, params, stops, cache
-        self.active: list[_Row] = []
+        self.body, self.prompts, self.params, self.stops, self.origins = body, prompts, params, stops, origins
+        self.fast = frozen_llama(body.trunk, body.head)
+        self.rows = _Rows(rows, params.max_tokens)
+        self.cache = KeyValueCache(rows, params.max_tokens, body.device)
 
     def admit(self, waiting: deque[tuple[int, range]], free: int) -> None:
         """Compute waiting prompts, each once for all its samples, and draw their first tokens."""
@@ -196,54 +181,67 @@ class _Loop:
             taken.append(waiting.popleft())
             free -= len(taken[-1][1])
             tokens += len(self.prompts[taken[-1][0]])
-        packed = forest([self.prompts[i] for i, _ in taken])
-        owners: list[tuple[int, ...]] = []
-        fresh: list[_Row] = []
+        first = len(self.rows)
+        owners: list[list[int]] = []
         for i, samples in taken:
-            at = len(self.active) + len(fresh)
-            owners.append(tuple(range(at, at + len(samples))))
-            fresh += [
-                _Row(i, j, len(self.prompts[i]), uniforms(self.params.seed, i, j, self.params.max_tokens))
-                for j in samples
-            ]
-        paths = tuple(torch.from_numpy(path).to(self.body.device) for path in packed.paths)
-        layout = Prefill(forest_layout(packed, self.body.device), self.cache, paths, tuple(owners))
-        hidden = self.body.hidden(packed.tokens, packed.positions, layout)
-        last = torch.stack([path[-1] for path in paths])
-        logits = self.body.head(hidden[last])
-        repeats = torch.tensor([len(samples) for _, samples in taken], device=logits.device)
-        self.active += fresh
-        self._draw(fresh, logits.repeat_interleave(repeats, 0))
+            owners.append([len(self.rows) + j for j in range(len(samples))])
+            for j in samples:
+                drives = uniforms(*self.origins[i], j, self.params.max_tokens)
+                self.rows.enter(i, j, len(self.prompts[i]), drives)
+        packed = forest([self.prompts[i] for i, _ in taken])
+        parts = self.cache.add([len(path) for path in packed.paths], owners)
+        blocks = self.cache.blocks[-len(parts) :]
+        places = []
+        for part, block in zip(parts, blocks, strict=True):
+            place = np.zeros((len(part), block.tokens), dtype=np.int64)
+            for row, i in zip(place, part, strict=True):
+                row[: len(packed.paths[i])] = packed.paths[i]
+            places.append(torch.from_numpy(place).to(self.body.device))
+        layout = Prefill(forest_layout(packed, self.body.device), blocks, places)
+        hidden = self._hidden(packed.tokens, packed.positions, layout)
+        last = np.repeat([path[-1] for path in packed.paths], [len(samples) for _, samples in taken])
+        self._draw(slice(first, len(self.rows)), hidden, torch.from_numpy(last).to(self.body.device))
 
     def step(self) -> None:
-        """One more token for every active row."""
-        newest = np.array([row.tokens[-1] for row in self.active])
-        places = np.array([row.length + len(row.tokens) - 1 for row in self.active])
-        positions = torch.from_numpy(places).to(self.body.device)
-        seen = torch.arange(int(places.max()) + 1, device=self.body.device)
-        bias = torch.zeros(len(places), len(seen), device=self.body.device)
-        bias.masked_fill_(seen[None, :] > positions[:, None], float("-inf"))
-        hidden = self.body.hidden(newest, places, Decode(self.cache, positions, bias))
-        self._draw(self.active, self.body.head(hidden))
+        """One more token for every row."""
+        n = len(self.rows)
+        own = self.rows.count[:n] - 1
+        positions = self.rows.prompt_tokens[:n] + own
+        hidden = self._hidden(self.rows.newest, positions, Decode(self.cache, own))
+        self._draw(slice(0, n), hidden)
 
-    def leave(self) -> list[tuple[_Row, Completion]]:
-        """Take out the rows that ended, and close the gaps with the last rows."""
-        gone: list[tuple[_Row, Completion]] = []
-        for at in reversed(range(len(self.active))):
-            row = self.active[at]
-            reason = self.stops.reason(row.tokens, self.params.max_tokens)
-            if reason is None:
-                continue
-            gone.append((row, Completion(tuple(row.tokens), tuple(row.logprobs), reason)))
-            last = self.active.pop()
-            if last is not row:
-                self.active[at] = last
-                self.cache.move(len(self.active), at, last.length + len(last.tokens))
-        return gone
+    def leave(self) -> list[tuple[int, int, Completion]]:
+        """Take out the rows that ended: prompt, sample, completion."""
+        rows, gone, ended = self.rows, [], []
+        for row in self.stops.candidates(rows.newest, rows.count[: len(rows)], self.params.max_tokens):
+            count = rows.count[row]
+            tokens = rows.tokens[row, :count].tolist()
+            reason = self.stops.reason(tokens, self.params.max_tokens)
+            if reason is not None:
+                gone.append(row)
+                completion = Completion(tuple(tokens), tuple(rows.logprobs[row, :count].tolist()), reason)
+                ended.append((int(rows.prompt[row]), int(rows.sample[row]), completion))
+        if gone:
+            moves = rows.close(gone)
+            self.cache.close(gone, moves, int(rows.count[: len(rows)].max(initial=1)) - 1)
+        return ended
 
-    def _draw(self, rows: list[_Row], logits: Tensor) -> None:
-        uniform = torch.tensor([row.uniform[len(row.tokens)] for row in rows], device=logits.device)
-        tokens, logprobs = draw(logits, self.params, uniform)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
+    def _hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
+        if self.fast is None:
+            return self.body.hidden(tokens, positions, layout)
+        return self.fast.hidden(torch.from_numpy(tokens), torch.from_numpy(positions), layout)
+
+    def _draw(self, which: slice, hidden: Tensor, last: Tensor | None = None) -> None:
+        """Draw the next token of some rows from hidden states, of which `last` says which is each row's."""
+        head = self.body.head if self.fast is None else self.fast.logits
+        if last is not None:
+            # Samples of one prompt have the same logits.
+            places, last = torch.unique(last, return_inverse=True)
+            hidden = hidden[places]
+        logits = head(hidden)
+        rows, count = np.arange(which.start, which.stop), self.rows.count[which]
+        uniform = torch.from_numpy(self.rows.uniform[rows, count]).to(logits.device)
+        tokens, logprobs = draw(logits if last is None else logits[last], self.params, uniform)
+        self.rows.tokens[rows, count] = tokens.cpu().numpy()
+        self.rows.logprobs[rows, count] = logprobs.float().cpu().numpy()
+        self.rows.count[which] += 1

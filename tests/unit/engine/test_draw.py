@@ -99,3 +99,14 @@ def test_uniform_numbers_are_uniform():
     assert numbers.min() >= 0 and numbers.max() < 1
     assert numbers.mean() == pytest.approx(0.5, abs=0.01)
     assert numbers.var() == pytest.approx(1 / 12, abs=0.005)
+
+
+@pytest.mark.parametrize("restriction", [{}, {"top_k": 5}, {"temperature": 0.0}])
+def test_a_row_is_drawn_alike_among_many_and_alone(restriction):
+    generator = torch.Generator().manual_seed(1)
+    logits, uniform = torch.randn(50, 900, generator=generator), torch.rand(50, generator=generator)
+    params = SamplingParams(max_tokens=1, **restriction)
+    together = draw(logits, params, uniform)
+    alone = [draw(logits[i : i + 1], params, uniform[i : i + 1]) for i in range(50)]
+    assert together[0].tolist() == [int(tokens[0]) for tokens, _ in alone]
+    assert together[1].tolist() == pytest.approx([float(logprobs[0]) for _, logprobs in alone], abs=1e-6)

@@ -1,0 +1,73 @@
+"""Peak memory of a step of reinforcement learning with a policy, a reference and a judge, against TRL's."""
+
+from __future__ import annotations
+
+from local import datum, engine, lora
+from measuring import Once, Row, Run, Work, timed
+
+
+def tercet(work: Work) -> Once:
+    from tercet.types import AdamParams, Batch, Head, SamplingParams
+
+    base = engine(work)
+    trainer, reference = base.trainer(lora=lora(work)), base.sampler()
+    judge = base.trainer(lora=lora(work), head=Head()).scorer()
+    size = work.settings
+    tokenizer = base.loaded.tokenizer
+    prompts = [tokenizer.encode(pair["prompt"], add_special_tokens=False) for pair in work.pairs[: size["rl_prompts"]]]
+    adam = AdamParams(learning_rate=size["learning_rate"], max_grad_norm=1.0)
+
+    def step() -> int:
+        params = SamplingParams(max_tokens=size["completion_tokens"], eos=False)
+        groups = trainer.sampler().sample(prompts, params, size["group_size"]).result()
+        rows = [(p, list(c.tokens), c.logprobs) for p, g in zip(prompts, groups, strict=True) for c in g]
+        scores = judge.scores([[*p, *a] for p, a, _ in rows]).result()
+        distances = reference.logprobs([[*p, *a] for p, a, _ in rows], [len(p) for p, _, _ in rows]).result()
+        data = []
+        for (prompt, answer, logprobs), score, far in zip(rows, scores, distances, strict=True):
+            advantages = [score - 0.04 * (ours - theirs) for ours, theirs in zip(logprobs, far, strict=True)]
+            data.append(datum(prompt, answer, sampling_logprobs=logprobs, advantages=advantages))
+        trainer.forward_backward(Batch(data), "ppo")
+        trainer.optim_step(adam).result()
+        return sum(len(d.tokens) for d in data)
+
+    def once() -> Run:
+        return Run(*timed(step))
+
+    return once
+
+
+def trl(work: Work) -> Once:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+    from trl import GRPOConfig, GRPOTrainer
+    from trl_steps import lora_config, plain_model, settings, stepwise, tokenizer
+
+    size, reader = work.settings, tokenizer(work)
+    judge = AutoModelForSequenceClassification.from_pretrained(work.model, num_labels=1, dtype=torch.float32)
+    judge.config.pad_token_id = reader.pad_token_id
+    prompts = [pair["prompt"] for pair in work.pairs[: size["rl_prompts"]]]
+    config = GRPOConfig(
+        **settings(work, size["rl_prompts"] * size["group_size"]), num_generations=size["group_size"], beta=0.04,
+        max_completion_length=size["completion_tokens"], temperature=1.0,
+        generation_kwargs={"min_new_tokens": size["completion_tokens"]},
+    )  # fmt: skip
+    tokens = sum(len(reader(p)["input_ids"]) + size["completion_tokens"] for p in prompts) * size["group_size"]
+    return stepwise(
+        lambda callbacks: GRPOTrainer(
+            plain_model(work), judge, args=config, train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=reader, peft_config=lora_config(work), reward_processing_classes=reader,
+            callbacks=callbacks,
+        ),
+        tokens,
+    )  # fmt: skip
+
+
+ROW = Row(
+    "memory",
+    "peak RSS with policy, reference and judge, against TRL's policy, reference and reward model",
+    {"tercet": tercet, "trl": trl},
+    target=2.0,
+    of="rss_mb",
+)

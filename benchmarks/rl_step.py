@@ -1,0 +1,76 @@
+"""A whole step of reinforcement learning with a function for a reward: sample, reward, learn; against TRL's GRPO."""
+
+from __future__ import annotations
+
+from local import datum, engine, lora
+from measuring import Once, Row, Run, Work, timed
+
+
+def reward(text: str) -> float:
+    """How rare the letter e is: cheap, and different from answer to answer."""
+    return -text.count("e") / (1 + len(text))
+
+
+def tercet(work: Work) -> Once:
+    from statistics import mean, pstdev
+
+    from tercet.types import AdamParams, Batch, SamplingParams
+
+    base = engine(work)
+    tokenizer = base.loaded.tokenizer
+    trainer = base.trainer(lora=lora(work))
+    size = work.settings
+    prompts = [tokenizer.encode(pair["prompt"], add_special_tokens=False) for pair in work.pairs[: size["rl_prompts"]]]
+    adam = AdamParams(learning_rate=size["learning_rate"], max_grad_norm=1.0)
+    seed = 0
+
+    def step() -> int:
+        nonlocal seed
+        seed += 1
+        params = SamplingParams(max_tokens=size["completion_tokens"], seed=seed, eos=False)
+        data = []
+        groups = trainer.sampler().sample(prompts, params, size["group_size"]).result()
+        for prompt, group in zip(prompts, groups, strict=True):
+            rewards = [reward(str(tokenizer.decode(list(c.tokens)))) for c in group]
+            middle, spread = mean(rewards), pstdev(rewards)
+            for completion, each in zip(group, rewards, strict=True):
+                advantage = [(each - middle) / (spread + 1e-4)] * len(completion.tokens)
+                streams = {"sampling_logprobs": completion.logprobs, "advantages": advantage}
+                data.append(datum(prompt, completion.tokens, **streams))
+        trainer.forward_backward(Batch(data), "ppo")
+        trainer.optim_step(adam).result()
+        return sum(len(d.tokens) for d in data)
+
+    def once() -> Run:
+        return Run(*timed(step))
+
+    return once
+
+
+def trl(work: Work) -> Once:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    from trl_steps import lora_config, plain_model, settings, stepwise, tokenizer
+
+    size, reader = work.settings, tokenizer(work)
+    prompts = [pair["prompt"] for pair in work.pairs[: size["rl_prompts"]]]
+    rows = size["rl_prompts"] * size["group_size"]
+    config = GRPOConfig(
+        **settings(work, rows), num_generations=size["group_size"], max_completion_length=size["completion_tokens"],
+        beta=0.0, temperature=1.0, generation_kwargs={"min_new_tokens": size["completion_tokens"]},
+    )  # fmt: skip
+
+    def rewards(completions: list[str], **_: object) -> list[float]:
+        return [reward(text) for text in completions]
+
+    tokens = sum(len(reader(p)["input_ids"]) + size["completion_tokens"] for p in prompts) * size["group_size"]
+    return stepwise(
+        lambda callbacks: GRPOTrainer(
+            plain_model(work), rewards, args=config, train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=reader, peft_config=lora_config(work), callbacks=callbacks,
+        ),
+        tokens,
+    )  # fmt: skip
+
+
+ROW = Row("rl", "whole RL step, 16 completions, function reward, against TRL GRPO", {"tercet": tercet, "trl": trl}, 3.0)
