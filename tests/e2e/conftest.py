@@ -46,6 +46,7 @@ def small(rows: Rows) -> tuple[object, ...]:
         f"sft.data={rows.conversations}", "sft.batch_size=8", "sft.max_steps=4", "sft.save_every_steps=2",
         f"preference.data={rows.comparisons}", "preference.pairs_per_step=2", "preference.max_steps=4",
         "preference.eval_every_steps=2", "preference.save_every_steps=2",
+        "judge.pairs_per_step=2", "judge.max_steps=4", "judge.eval_every_steps=2", "judge.save_every_steps=2",
         f"rl.data={rows.comparisons}", "rl.steps=3", "rl.prompts_per_step=2", "rl.max_tokens=8",
         "rl.eval_every_steps=2", "rl.save_every_steps=1",
         "evaluation.prompts=3", "evaluation.prompts_while_training=2", "evaluation.max_tokens=8",

@@ -36,6 +36,6 @@ def test_conversations_can_be_previewed_and_learned(tercet, tmp_path: Path, name
 def test_the_whole_road_can_be_gone_on_real_comparisons(tercet, tmp_path: Path):
     source = DATA / "instruction-preferences"
     words = (f"sft.data={source}", f"preference.data={source}", f"rl.data={source}", "sft.max_steps=2",
-             "preference.max_steps=2", "rl.steps=1", "rl.max_tokens=8", "preference.test_rows=10",
+             "preference.max_steps=2", "judge.max_steps=2", "rl.steps=1", "rl.max_tokens=8", "preference.test_rows=10",
              "evaluation.prompts=4", "evaluation.max_tokens=8")  # fmt: skip
     assert "RL wins against SFT" in tercet("rlhf", *MACHINE, *words, "--out", tmp_path / "run").out

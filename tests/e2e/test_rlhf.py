@@ -117,7 +117,8 @@ def test_full_fine_tuning_goes_the_whole_road(tercet, small, tmp_path: Path):
     done = json.loads((root / "rl/done.json").read_text())
     assert (root / "rl" / done["checkpoint"] / "model.safetensors").exists()
     assert learned(root / "rl") != learned(root / "sft")
-    assert len(tercet("generate", "--policy", root / "rl", "--rows", 1, "--max-tokens", 4, "--out", root / "a").out)
+    said = tercet("generate", "--policy", root / "rl", "--rows", 1, "--max-tokens", 4, "--out", root / "a.jsonl").out
+    assert str(root / "a.jsonl") in said
 
 
 def test_base_models_go_the_whole_road_with_role_colon(tercet, small, tmp_path: Path):

@@ -209,9 +209,10 @@ def test_export_writes_an_adapter_and_a_merged_model_that_say_the_same(tercet, f
 def test_an_exported_adapter_is_a_policy_too(tercet, finished: Path, tmp_path: Path):
     tercet("export", finished, "--out", tmp_path / "adapter")
     for name, policy in (("a", tmp_path / "adapter"), ("b", finished / "rl"), ("c", finished)):
-        words = ("--model", "tiny", "--rows", 1, "--max-tokens", 4, "--out", tmp_path / name)
+        words = ("--model", "tiny", "--rows", 1, "--max-tokens", 4, "--out", tmp_path / f"{name}.jsonl")
         tercet("generate", "--policy", policy, *words)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    first, second, third = ((tmp_path / f"{name}.jsonl").read_bytes() for name in "abc")
+    assert first == second == third
 
 
 def test_bad_data_are_an_error_that_names_file_and_row(tercet, rows, tmp_path: Path):

@@ -11,15 +11,15 @@ from typing import Literal
 
 from tercet.algorithms.advantages import Scale, advantages
 from tercet.algorithms.rollout_metrics import kl_metrics, length_metrics, reward_metrics, sample_rows, sampler_metrics
-from tercet.algorithms.rollouts import Answer, answer, log_ratios, tournament_rewards
-from tercet.algorithms.steps import OptimConfig, learn, rows_of_step
+from tercet.algorithms.rollouts import Answer, RolloutConfig, answer, log_ratios, tournament_rewards
+from tercet.algorithms.steps import learn, rows_of_step
 from tercet.chat.renderers import Renderer
 from tercet.engine.base import Sampler, Trainer
 from tercet.errors import ConfigError, TrainingError
-from tercet.rewards.judge import Judge, Verdict
+from tercet.rewards.judge import Compares, Verdict
 from tercet.rewards.tournament import Pattern, matches
 from tercet.runs.run import Run
-from tercet.types import Batch, Conversation, SamplingParams
+from tercet.types import Batch, Conversation
 
 # Mean difference, in nats a token, of log-probs found by two routes. Float32 gives 1e-6, bfloat16 about 0.01; above
 # this it is not the same model.
@@ -29,33 +29,21 @@ SEEDS_PER_RUN = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(OptimConfig):
+class RLConfig(RolloutConfig):
     """The third stage."""
 
-    data: str = "builtin"
-    """Prompts: those of conversations or comparisons, from builtin, the hub, or files."""
-    max_prompt_length: int = 512
-    """Longest prompt in tokens; longer ones are left out and counted."""
     learning_rate: float = 4e-4
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "constant"
     """How the learning rate falls."""
-    steps: int = 12
-    """Rounds of sampling and learning."""
-    prompts_per_step: int = 5
-    """Prompts answered per step."""
     group_size: int = 4
     """Answers per prompt; they meet each other."""
-    max_tokens: int = 48
-    """Longest answer in tokens."""
-    temperature: float = 1.0
-    """Sampling temperature; log-probs are taken at the same one."""
     pattern: Pattern = "both_ways"
     """Which matches are played: both_ways (every ordered pair) or one_way (each pair once)."""
     chunk: int | None = None
     """Answers meet only within chunks of this size; null lets the whole group meet."""
     judge: Verdict = "soft"
-    """soft reads label probabilities in one pass; hard takes greedy letters, as the published recipe."""
+    """soft reads label probabilities in one pass; hard takes greedy letters, as the published recipe does."""
     format_penalty: float = 1.0
     """Taken off the reward of an answer that does not end with its stop."""
     scale: Scale = "none"
@@ -68,8 +56,6 @@ class RLConfig(OptimConfig):
     """Optimizer steps per round; the groups are dealt out among them."""
     eval_every_steps: int = 12
     """Steps between win-rate evaluations; 0 evaluates only at the end."""
-    save_every_steps: int = 5
-    """Steps between checkpoints; 0 saves only at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,24 +64,13 @@ class RLConfig(OptimConfig):
             raise ConfigError(
                 f"substeps is {self.substeps}; it must be from 1 to prompts_per_step, which is {self.prompts_per_step}"
             )
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature}; exploring needs it above 0 (1.0 is usual)")
-
-    @property
-    def completions_per_step(self) -> int:
-        """Answers sampled per step."""
-        return self.prompts_per_step * self.group_size
-
-    def sampling(self, renderer: Renderer, seed: int) -> SamplingParams:
-        """How answers are drawn."""
-        return SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, stop=renderer.stop, seed=seed)
 
 
 def policy_gradient(
     config: RLConfig,
     prompts: Sequence[Conversation],
     renderer: Renderer,
-    judge: Judge,
+    judge: Compares,
     reference: Sampler,
     *,
     trainer: Trainer,

@@ -8,10 +8,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tercet.algorithms.steps import OptimConfig, rows_of_step, steps_of, train
+from tercet.algorithms.steps import PairsConfig, likelihood_metrics, rows_of_step, train
 from tercet.chat.comparisons import ComparisonRenderer
 from tercet.engine.base import Trainer
-from tercet.errors import ConfigError
 from tercet.evaluation.judges import agreement
 from tercet.rewards.judge import Judge
 from tercet.runs.durable import write_atomically
@@ -23,42 +22,15 @@ AGREEMENT_FILE = "agreement.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceConfig(OptimConfig):
+class PreferenceConfig(PairsConfig):
     """The second stage."""
 
-    data: str = "builtin"
-    """Comparisons: builtin, a hub id (name or name:config), a folder, or a json, jsonl, parquet or csv file."""
-    test_data: str | None = None
-    """Held-out comparisons; null takes the test split of `data`, or holds some of its rows out."""
-    test_rows: int = 100
-    """Held-out comparisons that are judged, at most."""
-    max_length: int = 1024
-    """Longest comparison in tokens; longer ones lose the beginning of their conversation."""
     learning_rate: float = 1e-3
     """Peak learning rate; a small model needs a high one to leave the plateau at ln 2 early."""
     warmup_steps: int = 5
     """Steps over which the learning rate rises to its peak."""
     pairs_per_step: int = 4
     """Comparisons per optimizer step; each is shown in both orders in the same step."""
-    epochs: int = 1
-    """Times every comparison is learned."""
-    max_steps: int | None = None
-    """Stop after so many optimizer steps; null learns all epochs."""
-    eval_every_steps: int = 0
-    """Steps between evaluations; 0 evaluates only at the end."""
-    save_every_steps: int = 20
-    """Steps between checkpoints; 0 saves only at the end."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pairs_per_step < 1 or self.epochs < 1:
-            raise ConfigError(
-                f"pairs_per_step is {self.pairs_per_step} and epochs {self.epochs}; both must be at least 1"
-            )
-
-    def steps(self, rows: int) -> int:
-        """Optimizer steps on so many comparisons."""
-        return steps_of(rows, self.pairs_per_step, self.epochs, self.max_steps)
 
 
 def preference_model(
@@ -103,10 +75,12 @@ def preference_model(
         run=run,
         evaluate=evaluate,
         eval_every_steps=config.eval_every_steps,
-        measure=label_accuracy,
+        measure=label_metrics,
     )
 
 
-def label_accuracy(result: StepResult) -> dict[str, float]:
-    """Share of the batch's labels that had more than half of the probability before they were learned."""
-    return {"accuracy": statistics.fmean(row[-1] > math.log(0.5) for row in result.logprobs)}
+def label_metrics(batch: Batch, result: StepResult) -> dict[str, float]:
+    """Besides those of likelihood, the share of the labels that had more than half of the probability before they were
+    learned."""
+    accuracy = statistics.fmean(row[-1] > math.log(0.5) for row in result.logprobs)
+    return {**likelihood_metrics(batch, result), "accuracy": accuracy}

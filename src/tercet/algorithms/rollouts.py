@@ -3,14 +3,56 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tercet.algorithms.steps import OptimConfig
 from tercet.chat.renderers import Renderer, Termination
 from tercet.engine.base import Sampler
-from tercet.rewards.judge import Judge
-from tercet.rewards.tournament import Match, Pattern, flip_rate, matches, scores
-from tercet.types import Comparison, Completion, Conversation, Datum, Message, SamplingParams
+from tercet.errors import ConfigError
+from tercet.rewards.interface import Candidate
+from tercet.rewards.judge import Compares
+from tercet.rewards.meeting import Tournament
+from tercet.rewards.tournament import Pattern, flip_rate, scores
+from tercet.types import Completion, Conversation, Datum, Message, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(OptimConfig):
+    """How a policy answers the prompts that it learns from."""
+
+    data: str = "builtin"
+    """Prompts: those of conversations or comparisons, from builtin, the hub, or files."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens; longer ones are left out and counted."""
+    steps: int = 12
+    """Rounds of sampling and learning."""
+    prompts_per_step: int = 5
+    """Prompts answered per step."""
+    group_size: int = 4
+    """Answers per prompt."""
+    max_tokens: int = 48
+    """Longest answer in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are taken at the same one."""
+    eval_every_steps: int = 12
+    """Steps between evaluations; 0 evaluates only at the end."""
+    save_every_steps: int = 5
+    """Steps between checkpoints; 0 saves only at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature is {self.temperature}; exploring needs it above 0 (1.0 is usual)")
+
+    @property
+    def completions_per_step(self) -> int:
+        """Answers sampled per step."""
+        return self.prompts_per_step * self.group_size
+
+    def sampling(self, renderer: Renderer, seed: int) -> SamplingParams:
+        """How answers are drawn."""
+        return SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, stop=renderer.stop, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -55,8 +97,16 @@ def answer(
     ]
 
 
+def candidates(
+    groups: Sequence[Sequence[Answer]], columns: Mapping[Conversation, Mapping[str, object]] | None = None
+) -> list[list[Candidate]]:
+    """Answers as a reward is shown them, with what the data say of their prompts."""
+    told = columns or {}
+    return [[Candidate(each.prompt, each.conversation, told.get(each.prompt, {})) for each in g] for g in groups]
+
+
 def tournament_rewards(
-    groups: Sequence[Sequence[Answer]], judge: Judge, *, pattern: Pattern, chunk: int | None, format_penalty: float
+    groups: Sequence[Sequence[Answer]], judge: Compares, *, pattern: Pattern, chunk: int | None, format_penalty: float
 ) -> tuple[list[list[float]], dict[str, float]]:
     """Rewards of groups of one size, and what was seen of the judge; all matches are one call to it.
 
@@ -67,12 +117,8 @@ def tournament_rewards(
         chunk: See `matches`.
         format_penalty: Taken off the mean margin of an answer that did not end with its stop.
     """
-    n = len(groups[0])
-    played = matches(n, pattern=pattern, chunk=chunk)
-    shown = [Comparison(g[i].prompt, g[i].conversation, g[j].conversation) for g in groups for i, j in played]
-    flat = iter(judge.margins(shown))
-    margins: list[dict[Match, float]] = [{match: next(flat) for match in played} for _ in groups]
-    won = [scores(n, each) for each in margins]
+    margins = Tournament(judge, pattern=pattern, chunk=chunk).margins(candidates(groups))
+    won = [scores(len(group), each) for group, each in zip(groups, margins, strict=True)]
     rewards = [
         [score - format_penalty * (each.termination != "stop") for score, each in zip(row, group, strict=True)]
         for row, group in zip(won, groups, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tercet.algorithms.steps import OptimConfig, rows_of_step, steps_of, train
+from tercet.algorithms.steps import OptimConfig, likelihood_metrics, rows_of_step, steps_of, train
 from tercet.engine.base import Trainer
 from tercet.errors import ConfigError
 from tercet.evaluation.nll import HeldOut, nll
@@ -73,4 +73,5 @@ def sft(config: SFTConfig, data: Sequence[Datum], held_out: HeldOut, *, trainer:
         run=run,
         evaluate=lambda: nll(trainer, held_out),
         eval_every_steps=config.eval_every_steps,
+        measure=likelihood_metrics,
     )

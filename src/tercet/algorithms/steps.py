@@ -57,6 +57,41 @@ class OptimConfig:
         return (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(OptimConfig):
+    """How a stage learns comparisons."""
+
+    data: str = "builtin"
+    """Comparisons: builtin, a hub id (name or name:config), a folder, or a json, jsonl, parquet or csv file."""
+    test_data: str | None = None
+    """Held-out comparisons; null takes the test split of `data`, or holds some of its rows out."""
+    test_rows: int = 100
+    """Held-out comparisons that are judged, at most."""
+    max_length: int = 1024
+    """Longest comparison in tokens; longer ones lose the beginning of their conversation."""
+    pairs_per_step: int = 4
+    """Comparisons per optimizer step."""
+    epochs: int = 1
+    """Times every comparison is learned."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps; null learns all epochs."""
+    eval_every_steps: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    save_every_steps: int = 20
+    """Steps between checkpoints; 0 saves only at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs_per_step < 1 or self.epochs < 1:
+            raise ConfigError(
+                f"pairs_per_step is {self.pairs_per_step} and epochs {self.epochs}; both must be at least 1"
+            )
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps on so many comparisons."""
+        return steps_of(rows, self.pairs_per_step, self.epochs, self.max_steps)
+
+
 def steps_of(rows: int, rows_per_step: int, epochs: int, max_steps: int | None) -> int:
     """Optimizer steps in so many epochs; the last may be smaller."""
     steps = -(-rows * epochs // rows_per_step)
@@ -72,8 +107,8 @@ def rows_of_step(
     return [rows[index_at(position, len(rows), seed=seed)] for position in range(first, last)]
 
 
-def learn(trainer: Trainer, batch: Batch, loss: str, run: Run, **settings: float) -> StepResult:
-    """Add a batch's gradient; if its loss is not finite, keep the batch for whoever looks into it.
+def learn(trainer: Trainer, batch: Batch, loss: str, run: Run | None, **settings: float) -> StepResult:
+    """Add a batch's gradient; if its loss is not finite, keep the batch in the run for whoever looks into it.
 
     Raises:
         TrainingError: The loss is not finite; names the file that holds the batch.
@@ -81,6 +116,8 @@ def learn(trainer: Trainer, batch: Batch, loss: str, run: Run, **settings: float
     try:
         return trainer.forward_backward(batch, loss, **settings).result()
     except TrainingError as error:
+        if run is None:
+            raise
         path = run.directory / "failed-batch.json"
         data = [{"tokens": list(d.tokens), "weights": list(d.weights), **_streams(d.streams)} for d in batch.data]
         path.write_text(json.dumps({"loss": loss, "settings": settings, "data": data}))
@@ -100,9 +137,11 @@ def train(
     run: Run,
     evaluate: Callable[[], Mapping[str, float]],
     eval_every_steps: int,
-    measure: Callable[[StepResult], Mapping[str, float]] = lambda result: {},
+    loss: str = "cross_entropy",
+    settings: Mapping[str, float] | None = None,
+    measure: Callable[[Batch, StepResult], Mapping[str, float]] = lambda batch, result: {},
 ) -> None:
-    """Learn every batch once by likelihood, from wherever the run stands. The last row holds the final evaluation."""
+    """Learn every batch once, from wherever the run stands. The last row holds the final evaluation."""
     start = run.start()
     if run.is_done:
         return
@@ -112,9 +151,9 @@ def train(
         began = time.monotonic()
         batch = batch_of(step)
         measured = evaluate() if eval_every_steps and step % eval_every_steps == 0 else {}
-        result = learn(trainer, batch, "cross_entropy", run)
+        result = learn(trainer, batch, loss, run, **(settings or {}))
         optim = trainer.optim_step(config.adam(step, steps)).result()
-        run.log(step, {**supervised_metrics(batch, result), **measure(result), **measured,
+        run.log(step, {**batch_metrics(batch, result), **measure(batch, result), **measured,
                        "learning_rate": optim.learning_rate, "grad_norm": optim.grad_norm,
                        "progress": (step + 1) / steps, "time/step_s": time.monotonic() - began})  # fmt: skip
         if run.save_is_due(step + 1):
@@ -123,13 +162,19 @@ def train(
     run.finish(trainer)
 
 
-def supervised_metrics(batch: Batch, result: StepResult) -> dict[str, float]:
-    """What a step on given text tells."""
+def batch_metrics(batch: Batch, result: StepResult) -> dict[str, float]:
+    """What any step on given text tells."""
     return {
         "loss": result.loss,
-        "train_mean_nll": result.loss,
-        "entropy": result.metrics.get("entropy", 0.0),
         "num_sequences": len(batch.data),
         "num_tokens": sum(len(datum.tokens) for datum in batch.data),
+    }
+
+
+def likelihood_metrics(batch: Batch, result: StepResult) -> dict[str, float]:
+    """What a step by likelihood tells besides."""
+    return {
+        "train_mean_nll": result.loss,
+        "entropy": result.metrics.get("entropy", 0.0),
         "num_loss_tokens": sum(sum(weight != 0 for weight in datum.weights) for datum in batch.data),
     }

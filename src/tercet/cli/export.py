@@ -1,4 +1,4 @@
-"""`tercet export`: weights for other tools."""
+"""`tercet export`: weights for other tools; a reward model becomes a sequence classifier."""
 
 from __future__ import annotations
 
@@ -35,18 +35,23 @@ def main(argv: list[str]) -> int:
     weights = weights_at(config.run, "run")
     if weights is None:
         raise UsageError("the base has learned nothing that could be exported; give the folder of a run")
-    from tercet.models.export import export_adapter, export_merged
+    from tercet.models.adapters import is_adapter
+    from tercet.models.export import export_adapter, export_classifier, export_merged, has_head
 
+    settings = settings_at(str(weights.path))
+    # PPO's policy may have a head too, its critic's, which is of no use without the run.
+    scores = is_adapter(weights.path) and has_head(weights.path) and "ppo_epochs" not in settings
     if not config.merged:
         if config.dtype != "float32":
             raise UsageError(
                 f"dtype {config.dtype} is for --merged; an adapter is written as it was trained, in float32"
             )
-        print(export_adapter(weights.path, config.out))
+        print(export_adapter(weights.path, config.out, keep_head=scores))
         return 0
-    model = config.model or settings_at(str(weights.path)).get("model")
+    model = config.model or settings.get("model")
     if model is None:
         raise UsageError(f"{config.run} does not say which model it was trained on; give it with --model")
     trusted = config.trust_remote_code
-    print(export_merged(model, weights.path, config.out, dtype=config.dtype, trust_remote_code=trusted))
+    export = export_classifier if scores else export_merged
+    print(export(model, weights.path, config.out, dtype=config.dtype, trust_remote_code=trusted))
     return 0

@@ -5,7 +5,7 @@ row shapes, ``rows`` and ``trees`` read rows of each, ``turns`` makes messages o
 row comes when and which are held out.
 """
 
-from tercet.data.loading import Loaded, load_comparisons, load_conversations, load_prompts
+from tercet.data.loading import Loaded, load_comparisons, load_conversations, load_labelled, load_prompts
 from tercet.data.order import hold_out, index_at, order
 from tercet.data.shapes import SHAPES
 from tercet.data.sources import splits
@@ -17,6 +17,7 @@ __all__ = [
     "index_at",
     "load_comparisons",
     "load_conversations",
+    "load_labelled",
     "load_prompts",
     "order",
     "splits",

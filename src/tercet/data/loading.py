@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from tercet.data.files import Unreadable
 from tercet.data.shapes import SHAPES, Shape, recognise
 from tercet.data.sources import Purpose, open_source
-from tercet.data.turns import BadRow, Dropped
+from tercet.data.turns import BadRow, Dropped, number
 from tercet.data.turns import Row as RawRow
 from tercet.errors import DataError
-from tercet.types import Comparison, Conversation
+from tercet.types import Comparison, Conversation, LabelledAnswer
 
 Row = TypeVar("Row")
 
@@ -29,6 +29,8 @@ class Loaded(Generic[Row]):
     """Reason -> how many were left out for it."""
     split: str = "train"
     """The name of the split at the source: validation may stand in for test."""
+    columns: list[RawRow] = field(default_factory=list)
+    """Of each row, the row of the source that it comes from."""
 
     def describe(self) -> str:
         """What was found, in one line.
@@ -80,6 +82,16 @@ def load_prompts(
     return _load(source, split, skip_bad_rows, max_rows, "prompts", _prompt_reader)
 
 
+def load_labelled(
+    source: str, *, split: str = "train", skip_bad_rows: bool = False, max_rows: int | None = None
+) -> Loaded[LabelledAnswer]:
+    """Answers that are labelled good or bad one by one.
+
+    Arguments and errors are those of `load_conversations`.
+    """
+    return _load(source, split, skip_bad_rows, max_rows, "conversations", _labelled_reader)
+
+
 Reader = Callable[[RawRow], Iterable[Row | Dropped]]
 
 
@@ -93,6 +105,7 @@ def _load(
 ) -> Loaded[Row]:
     opened = open_source(source, split=split, purpose=purpose)
     rows: list[Row] = []
+    columns: list[RawRow] = []
     dropped: Counter[str] = Counter()
     shape: Shape | None = None
     likely: Shape | None = None
@@ -118,11 +131,12 @@ def _load(
                 dropped[item.reason] += 1
             else:
                 rows.append(item)
+                columns.append(raw)
     if not rows:
         reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "there are no rows"
         raise DataError(f"{source} ({opened.split}) gives no {purpose}: {reasons}")
     assert shape is not None
-    return Loaded(rows[:max_rows], source, shape.name, dict(dropped), opened.split)
+    return Loaded(rows[:max_rows], source, shape.name, dict(dropped), opened.split, columns[:max_rows])
 
 
 def _complaint(where: str, raw: RawRow | Unreadable, shape: Shape | None, error: BadRow) -> str:
@@ -154,7 +168,20 @@ def _conversation_reader(shape: Shape, source: str) -> Reader[Conversation]:
 def _comparison_reader(shape: Shape, source: str) -> Reader[Comparison]:
     if shape.comparisons is None:
         raise _unfit(shape, source, "comparisons", lambda other: other.comparisons)
-    return shape.comparisons
+    read = shape.comparisons
+
+    def comparisons(raw: RawRow) -> Iterator[Comparison | Dropped]:
+        margin = number(raw, "margin") if raw.get("margin") is not None else 0.0
+        for item in read(raw):
+            yield item if isinstance(item, Dropped) else replace(item, margin=margin)
+
+    return comparisons
+
+
+def _labelled_reader(shape: Shape, source: str) -> Reader[LabelledAnswer]:
+    if shape.labelled is None:
+        raise _unfit(shape, source, "labelled answers", lambda other: other.labelled)
+    return shape.labelled
 
 
 def _prompt_reader(shape: Shape, source: str) -> Reader[Conversation]:

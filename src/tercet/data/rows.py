@@ -22,7 +22,7 @@ from tercet.data.turns import (
     prompt_turns,
     text,
 )
-from tercet.types import Comparison, Conversation, Message
+from tercet.types import Comparison, Conversation, LabelledAnswer, Message
 
 
 def messages_row(row: Row) -> Iterator[Conversation | Dropped]:
@@ -37,6 +37,21 @@ def prompt_completion(row: Row) -> Iterator[Conversation | Dropped]:
         yield Dropped("labelled as a bad answer")
     else:
         yield prompt_turns(row) + answer_turns(row, "completion")
+
+
+def labelled_completion(row: Row) -> Iterator[LabelledAnswer]:
+    """A prompt, an answer, and whether it is good."""
+    label = need(row, "label")
+    if not isinstance(label, bool):
+        label = {"true": True, "false": False, "1": True, "0": False}.get(str(label).lower())
+    if label is None:
+        raise BadRow(f"'label' is {row['label']!r:.40}; it must be true or false")
+    yield LabelledAnswer(prompt_turns(row), answer_turns(row, "completion"), label)
+
+
+def prompt_chosen_reject(row: Row) -> Iterator[Comparison | Dropped]:
+    """The same as `prompt_chosen_rejected`, under the names of REBEL's published data."""
+    yield from prompt_chosen_rejected({**row, "rejected": row.get("reject")})
 
 
 def prompt_row(row: Row) -> Iterator[Conversation]:

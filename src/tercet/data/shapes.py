@@ -14,8 +14,10 @@ from tercet.data.rows import (
     chosen_rejected,
     helpsteer3,
     hh,
+    labelled_completion,
     messages_row,
     pandalm,
+    prompt_chosen_reject,
     prompt_chosen_rejected,
     prompt_completion,
     prompt_row,
@@ -25,7 +27,7 @@ from tercet.data.rows import (
 )
 from tercet.data.trees import tree_comparisons, tree_conversations
 from tercet.data.turns import HH_TURN, BadRow, Dropped, Row
-from tercet.types import Comparison, Conversation
+from tercet.types import Comparison, Conversation, LabelledAnswer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class Shape:
     conversations: Callable[[Row], Iterable[Conversation | Dropped]] | None = None
     comparisons: Callable[[Row], Iterable[Comparison | Dropped]] | None = None
     prompts: Callable[[Row], Iterable[Conversation | Dropped]] | None = None
+    labelled: Callable[[Row], Iterable[LabelledAnswer | Dropped]] | None = None
 
     def fits(self, row: Row) -> bool:
         """Whether a row has this shape, by its columns."""
@@ -119,6 +122,12 @@ SHAPES = (
         comparisons=prompt_chosen_rejected,
     ),
     Shape(
+        name="REBEL pairs",
+        columns=("prompt", "chosen", "reject"),
+        looks="prompt, chosen, reject: each text or turns; chosen_reward and reject_reward where given",
+        comparisons=prompt_chosen_reject,
+    ),
+    Shape(
         name="raw HH",
         columns=("chosen", "rejected"),
         only_if=_is_hh,
@@ -146,8 +155,9 @@ SHAPES = (
     Shape(
         name="prompt/completion",
         columns=("prompt", "completion"),
-        looks="prompt, completion: each text or turns",
+        looks="prompt, completion: each text or turns; label: true or false where answers are labelled",
         conversations=prompt_completion,
+        labelled=labelled_completion,
     ),
     Shape(name="prompt", columns=("prompt",), looks="prompt: text or turns; nothing to learn from", prompts=prompt_row),
 )

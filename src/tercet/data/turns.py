@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -60,15 +61,30 @@ def optional_text(row: Row, column: str) -> str:
 
 
 def integer(row: Row, column: str) -> int:
-    """A whole number; files of comma-separated values hold it as text."""
-    value = need(row, column)
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            if float(value) == int(float(value)):
-                return int(float(value))
-        except (ValueError, OverflowError):
-            pass
-    raise BadRow(f"'{column}' is {value!r:.40}; it must be a whole number")
+    """A whole number."""
+    value = _number(need(row, column))
+    if value is None or value != int(value):
+        raise BadRow(f"'{column}' is {row[column]!r:.40}; it must be a whole number")
+    return int(value)
+
+
+def number(row: Row, column: str) -> float:
+    """A number."""
+    value = _number(need(row, column))
+    if value is None:
+        raise BadRow(f"'{column}' is {row[column]!r:.40}; it must be a number")
+    return value
+
+
+def _number(value: object) -> float | None:
+    """What is finite; files of comma-separated values hold it as text."""
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def message(value: object) -> Message | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tercet.rewards.judge import Judge, LabelProbabilities
+from tercet.rewards.judge import Compares, LabelProbabilities
 from tercet.types import Comparison, Conversation
 
 BINS = 10
@@ -55,7 +55,7 @@ class Agreement:
         return asdict(self)
 
 
-def agreement(judge: Judge, comparisons: Sequence[Comparison]) -> Agreement:
+def agreement(judge: Compares, comparisons: Sequence[Comparison]) -> Agreement:
     """Judge every decided comparison in both orders.
 
     Raises:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tercet.rewards.judge import Judge
+from tercet.rewards.judge import Compares
 from tercet.types import Comparison, Conversation
 
 
@@ -44,7 +44,7 @@ class WinRate:
 
 
 def win_rate(
-    judge: Judge,
+    judge: Compares,
     prompts: Sequence[Conversation],
     answers: Sequence[Conversation],
     baseline: Sequence[Conversation],

@@ -65,6 +65,12 @@ def add_adapter(
     return model
 
 
+def remove_adapter(model: peft.PeftModel, name: str) -> None:
+    """Take an adapter off the model."""
+    with warnings.catch_warnings(action="ignore"):  # peft says which one is active then
+        model.delete_adapter(name)
+
+
 def adapter_parameters(model: peft.PeftModel, name: str) -> dict[str, torch.nn.Parameter]:
     """Parameters of one adapter in a fixed order, by names that leave the adapter's own out, as the saved files do."""
     found = {key.replace(f".{name}.", "."): value for key, value in model.named_parameters() if f".{name}." in key}

@@ -15,7 +15,7 @@ from tercet.errors import ConfigError, DataError
 from tercet.evaluation.win_rate import WinRate, win_rate
 from tercet.recipes.rows import Question
 from tercet.recipes.session import Session
-from tercet.rewards.judge import Judge
+from tercet.rewards.judge import Compares
 from tercet.types import SamplingParams
 
 
@@ -43,7 +43,7 @@ class Arena:
     """Held-out prompts, the judges, and every policy's answers, each sampled once."""
 
     def __init__(
-        self, session: Session, config: EvaluationConfig, questions: Sequence[Question], judges: Mapping[str, Judge]
+        self, session: Session, config: EvaluationConfig, questions: Sequence[Question], judges: Mapping[str, Compares]
     ) -> None:
         self.session, self.config, self.judges = session, config, judges
         limit = session.engine.context_tokens - config.max_tokens
@@ -139,7 +139,7 @@ class Arena:
         }
 
 
-def compare(judge: Judge, answers: Sequence[Answer], baseline: Sequence[Answer]) -> WinRate:
+def compare(judge: Compares, answers: Sequence[Answer], baseline: Sequence[Answer]) -> WinRate:
     """Win rate of answers against a baseline's to the same prompts."""
     return win_rate(
         judge,

@@ -13,8 +13,9 @@ from tercet.evaluation.judges import agreement
 from tercet.recipes.evaluate import Arena, EvaluationConfig
 from tercet.recipes.rows import Question, gives_comparisons, questions, some, usable_comparisons
 from tercet.recipes.session import Say, Session, open_session
-from tercet.recipes.trained import BASE, TrainedConfig, judge_at, judge_place, policy_at
+from tercet.recipes.trained import BASE, TrainedConfig, either_judge_at, judge_place, policy_at
 from tercet.rewards.judge import Judge
+from tercet.rewards.scalar import ScalarJudge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +79,9 @@ def measure(config: MeasureConfig, *, say: Say = print) -> dict[str, Any]:
     assert config.judge_model is not None
     setup = config.setup(config.policy, config.baseline, config.judge_model, config.held_out_judge)
     session = open_session(replace(setup, skip_bad_rows=config.skip_bad_rows), say)
-    judges = {"preference": judge_at(session, config.judge_model)}
+    judges = {"preference": either_judge_at(session, config.judge_model, what="judge_model")}
     if config.held_out_judge is not None:
-        judges["held_out"] = judge_at(session, config.held_out_judge, what="held_out_judge")
+        judges["held_out"] = either_judge_at(session, config.held_out_judge, what="held_out_judge")
     if config.policy is None:
         return {"judges": _judged(session, config, judges)}
     for judge in judges.values():
@@ -97,7 +98,7 @@ def measure(config: MeasureConfig, *, say: Say = print) -> dict[str, Any]:
     return arena.report(policies, start="baseline")
 
 
-def _judged(session: Session, config: MeasureConfig, judges: Mapping[str, Judge]) -> dict[str, Any]:
+def _judged(session: Session, config: MeasureConfig, judges: Mapping[str, Judge | ScalarJudge]) -> dict[str, Any]:
     loaded = data.load_comparisons(config.data, split=_split(config, "comparisons"), skip_bad_rows=config.skip_bad_rows)
     session.say(loaded.describe())
     rows = some(loaded.rows, config.rows, seed=config.seed)

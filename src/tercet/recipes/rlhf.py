@@ -6,21 +6,36 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from tercet import data
 from tercet.algorithms.policy_gradient import RLConfig
+from tercet.algorithms.ppo import PPOConfig
 from tercet.algorithms.preference_model import AGREEMENT_FILE, PreferenceConfig
+from tercet.algorithms.reward_model import RewardModelConfig
 from tercet.algorithms.sft import SFTConfig
 from tercet.config import to_mapping
 from tercet.errors import ConfigError
 from tercet.recipes.evaluate import Arena, EvaluationConfig
+from tercet.recipes.ppo import run_ppo
+from tercet.recipes.reward import run_reward
+from tercet.recipes.reward_source import RewardSourceConfig, reward_of
 from tercet.recipes.rl import origin, write_evaluation
 from tercet.recipes.rows import load_pairs, prompts_to_learn, questions
 from tercet.recipes.session import FREE, Say, SetupConfig, open_session
 from tercet.recipes.stages import run_preference, run_rl, run_sft
+from tercet.rewards.judge import Compares
 from tercet.runs.settings import keep_config
-from tercet.types import Comparison
+from tercet.types import Comparison, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """How the policy learns."""
+
+    algorithm: Literal["policy_gradient", "ppo"] = "policy_gradient"
+    """policy_gradient: from tournaments of a preference model (`preference`, `rl`); ppo: from the scores of a scalar
+    reward model, with a critic (`reward`, `ppo`). The second judge is then of the other kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +46,22 @@ class RLHFConfig(SetupConfig):
     """Folder of the run; the same command goes on where it stood."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Stage 1."""
-    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=72))
-    """Stage 2. Of the built-in comparisons 72 steps are enough; set max_steps to null to learn all of a larger set."""
+    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=40))
+    """Stage 2. Of the built-in comparisons 40 steps are enough; set max_steps to null to learn all of a larger set."""
+    preference_from: Literal["sft", "base"] = "sft"
+    """What the preference model is trained from; the policy of stage 1 learns to compare sooner than the base."""
     held_out_judge: float = 0.25
     """Share of the comparisons that only a second judge learns, which watches RL and is never optimised; 0 has none."""
-    held_out_judge_steps: int | None = 40
-    """Optimizer steps of the second judge, at most; null learns its share for all epochs."""
+    judge: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(max_steps=16))
+    """The second judge: a scalar reward model, so that it differs in kind as well. Its comparisons are stage 2's."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """How the policy learns in stage 3, and so from what."""
     rl: RLConfig = field(default_factory=RLConfig)
     """Stage 3."""
+    reward: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(max_steps=40))
+    """Stage 2 with policy.algorithm ppo; its comparisons are those of `preference`."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """Stage 3 with policy.algorithm ppo."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How policies are compared."""
 
@@ -52,7 +75,8 @@ class RLHFConfig(SetupConfig):
             "preference": {"data": "Anthropic/hh-rlhf", "pairs_per_step": 128, "learning_rate": 3e-4,
                            "max_length": 16384, "max_grad_norm": None, "test_rows": 1024, "save_every_steps": 100,
                            "warmup_steps": 0, "max_steps": None, "eval_every_steps": 100},
-            "held_out_judge_steps": None,
+            "preference_from": "base",
+            "judge": {"pairs_per_step": 128, "max_length": 16384, "max_steps": None},
             "rl": {"data": "Anthropic/hh-rlhf", "prompts_per_step": 256, "group_size": 4, "max_tokens": 1024,
                    "learning_rate": 1e-5, "max_grad_norm": None, "max_prompt_length": 15360, "steps": 100,
                    "judge": "hard", "eval_every_steps": 20, "save_every_steps": 20},
@@ -76,40 +100,68 @@ def rlhf(config: RLHFConfig, *, say: Say = print) -> Path:
     keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE)
     session = open_session(config, say)
     limit = config.preference.max_length
-    session.check_room(limit=limit, answer_tokens=max(config.rl.max_tokens, config.evaluation.max_tokens))
+    learns = config.ppo if config.policy.algorithm == "ppo" else config.rl
+    session.check_room(limit=limit, answer_tokens=max(learns.max_tokens, config.evaluation.max_tokens))
     start = run_sft(session, config.sft, root / "sft")
     rows, test = load_pairs(session, config.preference)
     aside: list[Comparison] = []
     if config.held_out_judge:
         rows, aside = data.hold_out(rows, fraction=config.held_out_judge, seed=config.seed)
-    weights = {"preference": run_preference(session, config.preference, root / "preference", rows, test)}
-    if aside:
-        settings = replace(config.preference, max_steps=config.held_out_judge_steps)
-        # Half of the tests tell enough of a judge that only watches.
-        weights["held_out"] = run_preference(session, settings, root / "judge", aside, test[::2], stage="judge")
-    # Win rates are counted in verdicts, whatever RL learns from.
-    judges = {name: session.judge(session.engine.sampler(each), limit=limit) for name, each in weights.items()}
+    before = start if config.preference_from == "sft" else None
+    # The two judges differ in kind, so that what one of them can be talked into the other need not believe.
+    scalar, pairwise = ("preference", "judge") if config.policy.algorithm == "ppo" else ("judge", "preference")
+    trained: dict[str, Weights] = {}
+    judges: dict[str, Compares] = {}
+    for stage, name, learned in (("preference", "preference", rows), ("judge", "held_out", aside)):
+        if learned and stage == pairwise:
+            trained[name] = run_preference(session, config.preference, root / stage, learned, test, init=before)
+            # Win rates are counted in verdicts, whatever RL learns from.
+            judges[name] = session.judge(session.engine.sampler(trained[name]), limit=limit)
+        elif learned and stage == scalar:
+            settings = replace(
+                config.judge if stage == "judge" else config.reward,
+                data=config.preference.data,
+                test_data=config.preference.test_data,
+            )
+            trained[name] = run_reward(session, settings, root / stage, learned, test, init=before, stage=stage)
+            judges[name] = session.scalar_judge(session.engine.scorer(trained[name]), limit=settings.max_length)
     arena = Arena(session, config.evaluation, questions(test), judges)
     first = session.engine.sampler(start)
-    policy = run_rl(
-        session,
-        config.rl,
-        root / "rl",
-        prompts_to_learn(session, config.rl, arena.questions),
-        init=start,
-        judge=session.judge(session.engine.sampler(weights["preference"]), limit=limit, verdict=config.rl.judge),
-        evaluate=lambda sampler, step: arena.measure(sampler, first, last=step == config.rl.steps),
-        kept=session.config_of(
-            RLConfig,
+    common: dict[str, Any] = {
+        "init": start,
+        "evaluate": lambda sampler, step: arena.measure(sampler, first, last=step == learns.steps),
+        "origin": origin(session, start, trained["preference"]),
+    }
+    kept = {
+        "policy": root / "sft",
+        "test_data": config.preference.test_data or config.preference.data,
+        "evaluation": config.evaluation,
+        "out": root / "rl",
+    }
+    prompts = prompts_to_learn(session, learns, arena.questions)
+    if config.policy.algorithm == "ppo":
+        source = RewardSourceConfig(model=str(root / "preference"))
+        policy = run_ppo(
+            session,
+            config.ppo,
+            root / "rl",
+            prompts,
+            critic_init=trained["preference"],
+            reward=reward_of(session, source),
+            kept=session.config_of(PPOConfig, config.ppo, reward=source, **kept),
+            stage="rl",
+            **common,
+        )
+    else:
+        policy = run_rl(
+            session,
             config.rl,
-            judge_model=root / "preference",
-            policy=root / "sft",
-            test_data=config.preference.test_data or config.preference.data,
-            evaluation=config.evaluation,
-            out=root / "rl",
-        ),
-        origin=origin(session, start, weights["preference"]),
-    )
+            root / "rl",
+            prompts,
+            judge=session.judge(session.engine.sampler(trained["preference"]), limit=limit, verdict=config.rl.judge),
+            kept=session.config_of(RLConfig, config.rl, judge_model=root / "preference", **kept),
+            **common,
+        )
     if not (root / "evaluation.json").exists():
         say(f"evaluation: base, SFT and RL policies answer {len(arena.questions)} held-out prompts, judges compare")
         policies = {"base": session.engine.sampler(), "sft": first, "rl": session.engine.sampler(policy)}

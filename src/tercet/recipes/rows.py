@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from tercet import data
-from tercet.algorithms.policy_gradient import RLConfig
-from tercet.algorithms.preference_model import PreferenceConfig
+from tercet.algorithms.rollouts import RolloutConfig
+from tercet.algorithms.steps import PairsConfig
 from tercet.data import Loaded
 from tercet.data.turns import opening
 from tercet.errors import DataError
@@ -73,44 +73,72 @@ def conversation_data(session: Session, rows: Sequence[Conversation], *, train_o
     limit = min(max_length, session.engine.context_tokens)
     every = [session.renderer.datum(row, train_on=train_on) for row in rows]
     kept = [datum for datum in every if len(datum.tokens) <= limit]
-    _count_left_out(session, every, kept, f"conversations have more than {limit} tokens")
+    count_left_out(session, every, kept, f"conversations have more than {limit} tokens")
     if not kept:
         raise DataError(f"every conversation has more than {limit} tokens; raise max_length")
     return kept
 
 
-def load_pairs(session: Session, config: PreferenceConfig) -> tuple[list[Comparison], list[Comparison]]:
-    """Comparisons to learn, and held out."""
-    rows, test = train_and_test(
-        data.load_comparisons, session.setup, config.data, config.test_data, config.test_rows, session.say
-    )
+def load_pairs(session: Session, config: PairsConfig) -> tuple[list[Comparison], list[Comparison]]:
+    """Comparisons to learn, and held out, each shown as one text."""
+    rows, test = rows_and_test(session, config)
     return (
         usable_comparisons(session, rows, config.max_length, "to learn"),
         usable_comparisons(session, test, config.max_length, "held out"),
     )
 
 
+def load_answers(session: Session, config: PairsConfig) -> tuple[list[Comparison], list[Comparison]]:
+    """Decided comparisons to learn, and held out, of which either answer is shown by itself."""
+    shown = session.answers(config.max_length)
+
+    def show(row: Comparison) -> None:
+        shown.tokens(row.prompt, row.a)
+        shown.tokens(row.prompt, row.b)
+
+    found = []
+    for rows, what in zip(rows_and_test(session, config), ("to learn", "held out"), strict=True):
+        decided = [row for row in rows if row.label in ("A", "B")]
+        count_left_out(session, rows, decided, f"comparisons {what} are ties")
+        found.append(fitting(session, decided, show, what, shown.limit))
+    return found[0], found[1]
+
+
+def rows_and_test(session: Session, config: PairsConfig) -> tuple[list[Comparison], list[Comparison]]:
+    """The comparisons that a stage names."""
+    return train_and_test(
+        data.load_comparisons, session.setup, config.data, config.test_data, config.test_rows, session.say
+    )
+
+
 def usable_comparisons(session: Session, rows: Sequence[Comparison], limit: int, what: str) -> list[Comparison]:
-    """Comparisons that fit, counted aloud when some do not: their answers alone exceed the limit.
+    """Comparisons that fit as one text; see `fitting`."""
+    shown = session.comparisons(limit)
+    return fitting(session, rows, shown.prompt, what, shown.limit)
+
+
+def fitting(
+    session: Session, rows: Sequence[Comparison], show: Callable[[Comparison], object], what: str, limit: int
+) -> list[Comparison]:
+    """Comparisons that `show` does not refuse, counted aloud when some do: their answers alone exceed the limit.
 
     Raises:
         DataError: None fits.
     """
-    shown = session.comparisons(limit)
     kept = []
     for row in rows:
         try:
-            shown.prompt(row)
+            show(row)
         except DataError:
             continue
         kept.append(row)
-    _count_left_out(session, rows, kept, f"comparisons {what} have answers too long for {shown.limit} tokens")
+    count_left_out(session, rows, kept, f"comparisons {what} have answers too long for {limit} tokens")
     if not kept:
-        raise DataError(f"no comparison {what} fits into {shown.limit} tokens; raise max_length")
+        raise DataError(f"no comparison {what} fits into {limit} tokens; raise max_length")
     return kept
 
 
-def prompts_to_learn(session: Session, config: RLConfig, held_out: Iterable[Question]) -> list[Conversation]:
+def prompts_to_learn(session: Session, config: RolloutConfig, held_out: Iterable[Question]) -> list[Conversation]:
     """What the policy answers in training: prompts that fit beside an answer and begin like none that is held out.
 
     Raises:
@@ -120,16 +148,25 @@ def prompts_to_learn(session: Session, config: RLConfig, held_out: Iterable[Ques
     session.say(loaded.describe())
     taken = {opening(each.prompt) for each in held_out}
     fresh = [row for row in loaded.rows if opening(row) not in taken]
-    _count_left_out(session, loaded.rows, fresh, "prompts begin like held-out ones")
+    count_left_out(session, loaded.rows, fresh, "prompts begin like held-out ones")
     limit = min(config.max_prompt_length, session.engine.context_tokens - config.max_tokens)
     kept = [row for row in fresh if len(session.renderer.generation_prompt(row)) <= limit]
-    _count_left_out(session, fresh, kept, f"prompts have more than {limit} tokens")
+    count_left_out(session, fresh, kept, f"prompts have more than {limit} tokens")
     if not kept:
         raise DataError(
             f"{config.data} leaves no prompt to learn: of {len(loaded.rows)}, {len(fresh)} are not held out, and each "
             f"of these has more than {limit} tokens; raise max_prompt_length or give more data"
         )
     return kept
+
+
+def prompt_columns(session: Session, source: str) -> dict[Conversation, Mapping[str, object]]:
+    """What the rows of a source say of their prompts besides, for rewards that ask; of all splits it has."""
+    found: dict[Conversation, Mapping[str, object]] = {}
+    for split in data.splits(source, purpose="prompts"):
+        loaded = data.load_prompts(source, split=split, skip_bad_rows=session.setup.skip_bad_rows)
+        found |= dict(zip(loaded.rows, loaded.columns, strict=True))
+    return found
 
 
 def questions(rows: Iterable[Comparison]) -> list[Question]:
@@ -153,6 +190,7 @@ def rows_sha256(rows: Iterable[object]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _count_left_out(session: Session, before: Sequence[object], after: Sequence[object], why: str) -> None:
+def count_left_out(session: Session, before: Sequence[object], after: Sequence[object], why: str) -> None:
+    """Say how many rows are left out, and why; nothing when none is."""
     if len(after) < len(before):
         session.say(f"{len(before) - len(after):,} of {len(before):,} {why} and are left out")

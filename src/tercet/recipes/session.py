@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from tercet.chat.answers import AnswerRenderer
 from tercet.chat.comparisons import ComparisonRenderer
 from tercet.chat.renderers import Renderer, renderer
 from tercet.config import to_mapping
-from tercet.engine.base import Sampler
+from tercet.engine.base import Sampler, Scorer
 from tercet.errors import ConfigError
 from tercet.models.memory import estimate, read_shape
 from tercet.rewards.judge import Judge
+from tercet.rewards.scalar import ScalarJudge
 from tercet.types import Comparison, LoraConfig, Message, Weights
 
 if TYPE_CHECKING:
@@ -83,6 +85,14 @@ class Session:
     def comparisons(self, limit: int) -> ComparisonRenderer:
         """How comparisons are shown, within what the model takes."""
         return ComparisonRenderer(self.renderer, min(limit, self.engine.context_tokens))
+
+    def answers(self, limit: int) -> AnswerRenderer:
+        """How an answer is shown by itself, within what the model takes."""
+        return AnswerRenderer(self.renderer, min(limit, self.engine.context_tokens))
+
+    def scalar_judge(self, scorer: Scorer, *, limit: int) -> ScalarJudge:
+        """A reward model as a judge; conversations longer than `limit` lose their beginning."""
+        return ScalarJudge(scorer, self.answers(limit))
 
     def check_room(self, *, limit: int, answer_tokens: int) -> None:
         """Refuse answers so long that a judge could not be shown two of them; better now than after hours.

@@ -98,23 +98,23 @@ def run_preference(
     rows: Sequence[Comparison],
     test: Sequence[Comparison],
     *,
-    stage: str = "preference",
+    init: Weights | None = None,
 ) -> Weights:
-    """Stage 2: a preference model, trained from the base."""
+    """Stage 2: a preference model, trained from `init`, or from the base (None)."""
     setup = session.setup
     with open_run(
         session,
         directory,
-        stage,
-        session.config_of(PreferenceConfig, config, out=directory),
-        {"rows_sha256": rows_sha256(rows)},
+        "preference",
+        session.config_of(PreferenceConfig, config, policy=place_of(init), out=directory),
+        {"rows_sha256": rows_sha256(rows), "policy_sha256": session.fingerprint(init)},
         steps=config.steps(len(rows)),
         save_every_steps=config.save_every_steps,
         what=f"steps of {config.pairs_per_step} comparisons in both orders, of which there are {len(rows):,}; "
         f"{session.memory()}",
     ) as run:
         if not run.is_done:
-            trainer = session.engine.trainer(lora=setup.adapter, seed=setup.seed)
+            trainer = session.engine.trainer(init=init, lora=setup.adapter, seed=setup.seed)
             shown = session.comparisons(config.max_length)
             preference_model(config, rows, test, shown, trainer=trainer, run=run, seed=setup.seed)
         return run.final_weights
@@ -169,3 +169,8 @@ def run_rl(
                 trainer=trainer, run=run, evaluate=evaluate, seed=setup.seed,
             )  # fmt: skip
         return run.final_weights
+
+
+def place_of(weights: Weights | None) -> str:
+    """Where weights lie, as the setting `policy` of a verb names them."""
+    return "base" if weights is None else str(weights.path)

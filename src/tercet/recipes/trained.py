@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from tercet.algorithms.preference_model import PreferenceConfig
+from tercet.algorithms.reward_model import RewardModelConfig
 from tercet.config import from_mapping
 from tercet.engine.base import Sampler
 from tercet.errors import UsageError
 from tercet.recipes.session import MachineConfig, Session, SetupConfig, settings_of
 from tercet.rewards.judge import Judge, Verdict
+from tercet.rewards.scalar import ScalarJudge
 from tercet.runs.checkpoints import final_weights, read_done
 from tercet.types import Weights
 
@@ -113,6 +115,15 @@ def judge_at(session: Session, place: str, *, verdict: Verdict = "soft", what: s
     place = judge_place(place)
     limit = settings_at(place).get("max_length") or PreferenceConfig().max_length
     return session.judge(policy_at(session, place, what), limit=int(limit), verdict=verdict)
+
+
+def either_judge_at(session: Session, place: str, *, what: str) -> Judge | ScalarJudge:
+    """A preference model or a scalar reward model, whichever the run at a place has trained."""
+    weights = weights_at(judge_place(place), what)
+    if weights is None or not session.engine.has_head(weights):
+        return judge_at(session, place, what=what)
+    limit = settings_at(place).get("max_length") or RewardModelConfig().max_length
+    return session.scalar_judge(session.engine.scorer(weights), limit=int(limit))
 
 
 def _agreed(name: str, asked: str | None, places: Sequence[str | None]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from tercet.chat.comparisons import ComparisonRenderer
 from tercet.engine.base import Sampler
@@ -31,6 +31,18 @@ class LabelProbabilities:
     def a_share(self) -> float:
         """P(A) among the two labels; 0.5 where both are too small for a number."""
         return self.a / (self.a + self.b) if self.a + self.b > 0 else 0.5
+
+
+class Compares(Protocol):
+    """Whatever tells which of two answers is better."""
+
+    def margins(self, comparisons: Sequence[Comparison]) -> list[float]:
+        """How much the answer shown second is preferred, in [-1, 1]."""
+        ...
+
+    def probabilities(self, comparisons: Sequence[Comparison]) -> list[LabelProbabilities]:
+        """The probabilities of both labels, each comparison as it is shown."""
+        ...
 
 
 class Judge:

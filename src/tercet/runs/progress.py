@@ -15,6 +15,9 @@ SHOWN: dict[str, dict[str, str]] = {
     "sft": {"loss": "loss", "test/nll": "test nll"},
     "preference": {"loss": "loss", "accuracy": "accuracy", "test/accuracy_both": "test accuracy"},
     "judge": {"loss": "loss", "accuracy": "accuracy", "test/accuracy_both": "test accuracy"},
+    "dpo": {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
+    "kto": {"loss": "loss", "rewards/margins": "margin", "kl": "kl"},
+    "rebel": {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"},
     "rl": {
         "reward": "reward",
         "test/win_rate": "win rate",

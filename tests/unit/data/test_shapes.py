@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tercet.data import SHAPES, load_comparisons, load_conversations, load_prompts
+from tercet.data import SHAPES, load_comparisons, load_conversations, load_labelled, load_prompts
 from tercet.errors import DataError
 from tercet.types import Comparison, Conversation, Message
 
@@ -83,6 +83,8 @@ COMPARED: list[tuple[str, dict[str, Any]]] = [
             "annotator3": 2,
         },
     ),
+    ("REBEL pairs", {"prompt": "Name a fruit.", "chosen": "An apple.", "reject": "No.", "chosen_reward": 1.0}),
+    ("REBEL pairs", {"prompt": "Name a fruit.", "chosen": [*TURNS, FIRST], "reject": [*TURNS, SECOND]}),
 ]
 
 
@@ -340,3 +342,33 @@ def test_max_rows_bounds_what_is_read_and_given(file: Any) -> None:
     source = file(COMPARED[0][1], COMPARED[0][1], {"broken": True})
     assert len(load_comparisons(source, max_rows=1).rows) == 1
     assert len(load_comparisons(file(TREE), max_rows=2).rows) == 2
+
+
+@pytest.mark.parametrize(("label", "good"), [(True, True), (False, False), (1, True), ("false", False)])
+def test_a_labelled_answer_says_whether_it_is_good(label: object, good: bool, file: Any) -> None:
+    [row] = load_labelled(file({"prompt": "Name a fruit.", "completion": "An apple.", "label": label})).rows
+    assert (row.prompt, row.answer, row.good) == ((ASK,), (GOOD,), good)
+
+
+@pytest.mark.parametrize("label", ["maybe", 2, None])
+def test_a_label_that_is_neither_is_refused(label: object, file: Any) -> None:
+    with pytest.raises(DataError, match="'label'"):
+        load_labelled(file({"prompt": "Name a fruit.", "completion": "An apple.", "label": label}))
+
+
+def test_rows_that_cannot_be_labelled_name_the_shapes_that_can(file: Any) -> None:
+    with pytest.raises(DataError, match="gives no labelled answers; shapes that do: prompt/completion"):
+        load_labelled(file({"messages": [*TURNS, FIRST]}))
+
+
+def test_a_margin_says_by_how_much_the_better_answer_is_better(file: Any) -> None:
+    row = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}
+    rows = load_comparisons(file({**row, "margin": 1.5}, {**row, "margin": "2"}, {**row, "margin": None}, row)).rows
+    assert [each.margin for each in rows] == [1.5, 2.0, 0.0, 0.0]
+    with pytest.raises(DataError, match="'margin' is 'much'; it must be a number"):
+        load_comparisons(file({**row, "margin": "much"}))
+
+
+def test_prompts_keep_what_else_their_rows_say(file: Any) -> None:
+    loaded = load_prompts(file({"prompt": "Name a fruit.", "target": "apple"}, {"prompt": "And?", "target": "pear"}))
+    assert [row["target"] for row in loaded.columns] == ["apple", "pear"]

@@ -117,18 +117,28 @@ def test_one_wild_ratio_stays_finite(loss, gap):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_gives_one_value_per_token_and_metrics_without_gradient(name):
+def test_a_loss_gives_one_value_where_the_table_says_and_metrics_without_gradient(name):
     loss = LOSSES[name]
-    logprobs = (-torch.rand(2, 3, dtype=torch.float64)).requires_grad_(True)
-    streams = {stream: -torch.rand(2, 3, dtype=torch.float64) for stream in loss.streams}
-    values, metrics = loss.function(logprobs, **streams)
-    assert values.shape == logprobs.shape and values.requires_grad
-    assert all(metric.shape == logprobs.shape and not metric.requires_grad for metric in metrics.values())
+    shape = (2, 3) if loss.per == "token" else (4,)
+
+    def draw() -> torch.Tensor:
+        return -torch.rand(shape, dtype=torch.float64)
+
+    inputs = [draw().requires_grad_(each != "lengths") for each in loss.inputs]
+    streams = {stream: draw() for stream in loss.streams}
+    if loss.per == "pair":
+        streams |= {"chosen": torch.tensor([0, 2]), "rejected": torch.tensor([1, 3])}
+        streams |= {stream: torch.rand(2, dtype=torch.float64) for stream in loss.pair_streams}
+    values, metrics = loss.function(*inputs, **streams)
+    assert values.shape == ((2,) if loss.per == "pair" else shape) and values.requires_grad
+    assert all(metric.shape == values.shape and not metric.requires_grad for metric in metrics.values())
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_table_names_every_stream_the_function_needs(name):
-    parameters = list(inspect.signature(LOSSES[name].function).parameters.values())
-    needed = {p.name for p in parameters[1:] if p.default is inspect.Parameter.empty}
-    assert needed == set(LOSSES[name].streams)
-    assert parameters[0].name == "logprobs"
+def test_the_table_names_everything_the_function_needs(name):
+    loss = LOSSES[name]
+    parameters = list(inspect.signature(loss.function).parameters.values())
+    assert [p.name for p in parameters[: len(loss.inputs)]] == list(loss.inputs)
+    given = {*loss.streams, *loss.pair_streams, *(("chosen", "rejected") if loss.per == "pair" else ())}
+    needed = {p.name for p in parameters[len(loss.inputs) :] if p.default is inspect.Parameter.empty}
+    assert needed <= given <= {p.name for p in parameters}

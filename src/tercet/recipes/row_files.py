@@ -1,0 +1,108 @@
+"""Files of rows that are written in parts, go on after a stop, and appear under their name when they are whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tercet.errors import UsageError
+from tercet.runs.durable import beside, sync
+from tercet.runs.progress import ProgressDisplay
+from tercet.runs.rows import append_rows, encode_row
+from tercet.runs.settings import keep_config
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def check_new(out: Path) -> None:
+    """Refuse a file that is there, or of a kind that is not written.
+
+    Raises:
+        UsageError: Says which.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists, and nothing is overwritten; name another file with --out")
+    if out.suffix not in SUFFIXES:
+        raise UsageError(f"{out} ends in none of {', '.join(SUFFIXES)}; name a file that does")
+
+
+def write_rows(
+    out: Path,
+    made_of: Mapping[str, object],
+    total: int,
+    make: Callable[[int, int], Iterable[Mapping[str, object]]],
+    *,
+    verb: str,
+    at_once: int,
+) -> Path:
+    """Write a row for each of `total` things, some at a time.
+
+    They are added to `OUT.part`, which becomes `OUT` when all are there. Stopped and started again with the same
+    `made_of`, which is kept in `OUT.part.yaml` meanwhile, it goes on after the last part that is whole.
+
+    Args:
+        out: A jsonl or parquet file.
+        made_of: Settings and hashes that decide the rows.
+        total: Rows in all.
+        make: Gives the rows from a first to before a last.
+        verb: Shown while it goes on.
+        at_once: Rows of a part.
+
+    Raises:
+        ConfigError: What was begun there is something else.
+    """
+    part, facts = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.part.yaml")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not part.exists():
+        facts.unlink(missing_ok=True)
+    keep_config(facts, made_of)
+    done = _cut(part, at_once, total)
+    parts = -(-total // at_once)
+    with ProgressDisplay(verb, total_steps=parts, first_step=done // at_once, shown={}) as progress:
+        for at in range(done, total, at_once):
+            append_rows(part, make(at, min(at + at_once, total)))
+            progress.update(at // at_once, {})
+    sync(part)
+    publish(part, out)
+    facts.unlink(missing_ok=True)
+    return out
+
+
+def write_whole(out: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write all rows at once: `out` is there whole, or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.name}.part")
+    part.write_bytes(b"".join(encode_row(row) for row in rows))
+    sync(part)
+    publish(part, out)
+
+
+def publish(part: Path, out: Path) -> None:
+    """Make the finished rows of a jsonl file the file they are for, converted where it is parquet."""
+    if out.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        rows: list[dict[str, Any]] = [json.loads(line) for line in part.read_bytes().splitlines()]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), beside(out))
+        sync(beside(out))
+        beside(out).replace(out)
+        part.unlink()
+    else:
+        part.rename(out)
+    sync(out.parent)
+
+
+def _cut(part: Path, at_once: int, total: int) -> int:
+    """Drop what is not a whole part; say how many rows are left."""
+    if not part.exists():
+        part.touch()
+        return 0
+    lines = part.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    done = total if len(whole) == total else len(whole) // at_once * at_once
+    with part.open("rb+") as file:
+        file.truncate(sum(map(len, whole[:done])))
+    return done

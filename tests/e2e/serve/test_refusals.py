@@ -1,0 +1,148 @@
+"""What `tercet serve` refuses, and how: in the SDK's own shape, and without harm to anyone else."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.commands import CommandLine
+from tests.e2e.serve.serving import ADAM, Server, data, datum, kept, new_model, start, tinker, types
+
+# What the SDK warns of is its own affair.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (
+            lambda model: model.forward_backward(data(), "stable"),
+            "there is no loss 'stable' here; there are cross_entropy",
+        ),
+        (lambda model: model.forward_backward(data(), "cross_entropy", {"beta": 1.0}), "has no setting 'beta'"),
+        (lambda model: model.forward_backward(data(), "ppo"), "datum 0 lacks logprobs, which ppo needs"),
+        (lambda model: model.forward_backward([datum([40, 9999])], "cross_entropy"), "has the token 9999"),
+        (lambda model: model.save_state("../../escape"), "cannot name a checkpoint"),
+        (lambda model: model.load_state("tinker://a/weights/../../x"), "names no checkpoint here"),
+        (lambda model: model.load_state("tinker://nobody/weights/none"), "there is no checkpoint"),
+    ],
+    ids=["loss", "setting", "inputs", "token", "name", "path", "absent"],
+)
+def test_a_bad_request_is_told_and_the_model_goes_on(client: Any, ask: Any, told: str):
+    model = new_model(client)
+    with pytest.raises(tinker.RequestFailedError, match=re.escape(told)):
+        ask(model).result()
+    assert model.optim_step(types.AdamParams(**ADAM)).result().metrics["grad_norm"] == 0
+
+
+def test_a_bad_prompt_spoils_no_other(client: Any):
+    sampler = client.create_sampling_client(base_model="tiny").result()
+    params = types.SamplingParams(max_tokens=4)
+    prompts = [[40, 41], [100_000], [42]]
+    asked = [
+        sampler.sample(prompt=types.ModelInput.from_ints(each), num_samples=1, sampling_params=params)
+        for each in prompts
+    ]
+    with pytest.raises(tinker.RequestFailedError, match="the prompt has the token 100000; the model knows 0 to 511"):
+        asked[1].result()
+    assert [len(asked[i].result().sequences) for i in (0, 2)] == [1, 1]
+
+
+def test_a_sample_ends_where_the_context_does(client: Any):
+    sampler = client.create_sampling_client(base_model="tiny").result()
+    prompt = types.ModelInput.from_ints([40] * 1000)
+    long = types.SamplingParams(max_tokens=5000, stop=[])
+    [found] = sampler.sample(prompt=prompt, num_samples=1, sampling_params=long).result().sequences
+    assert (len(found.tokens), found.stop_reason) == (24, "length")
+    with pytest.raises(tinker.RequestFailedError, match="the prompt has 1024 tokens; it must have from 1 to 1023"):
+        full = types.ModelInput.from_ints([40] * 1024)
+        sampler.sample(prompt=full, num_samples=1, sampling_params=long).result()
+
+
+def test_a_model_that_is_not_served_is_refused_with_the_way_to_serve_it(client: Any):
+    with pytest.raises(tinker.RequestFailedError, match="--alias other/Model=tiny"):
+        client.create_lora_training_client(base_model="other/Model").result()
+    with pytest.raises(tinker.BadRequestError, match="--alias other/Model=tiny"):
+        client.create_sampling_client(base_model="other/Model").result()
+
+
+def test_requests_sent_again_are_done_once(server: Server, client: Any):
+    model = new_model(client)
+    model.forward_backward(data(), "cross_entropy").result()
+    body = {"model_id": model.model_id, "seq_id": 2, "adam_params": ADAM}
+    promises = [server.ask("POST", "/api/v1/optim_step", body)[1]["request_id"] for _ in range(3)]
+    assert len(set(promises)) == 1
+    answers = [server.ask("POST", "/api/v1/retrieve_future", {"request_id": promises[0]}) for _ in range(2)]
+    assert answers[0] == answers[1] and answers[0][1]["metrics"]["grad_norm"] > 1
+    assert server.ask("POST", "/api/v1/retrieve_future", {"request_id": "nobody"})[0] == 410
+
+
+def test_requests_are_done_by_their_number_whatever_their_arrival(server: Server, client: Any):
+    model = new_model(client)
+
+    def step(seq_id: int) -> str:
+        body = {"model_id": model.model_id, "seq_id": seq_id, "adam_params": {**ADAM, "learning_rate": seq_id}}
+        return str(server.ask("POST", "/api/v1/optim_step", body)[1]["request_id"])
+
+    late = [step(3), step(2)]
+    early = step(1)
+    found = [server.ask("POST", "/api/v1/retrieve_future", {"request_id": each})[1] for each in [*late, early]]
+    assert [each["metrics"]["learning_rate"] for each in found] == [3, 2, 1]
+
+
+def test_what_is_not_offered_is_named(server: Server):
+    status, told = server.ask("POST", "/api/v1/create_custom_loss", {})
+    assert (status, told["detail"].partition(" is ")[0]) == (404, "POST /api/v1/create_custom_loss")
+    status, told = server.ask("POST", "/api/v1/create_model", {"session_id": "x"})
+    assert status == 422 and "body.model_seq_id: Field required" in told["detail"]
+    status, told = server.ask("POST", "/api/v1/client/config", {"sdk_version": "0.24.1"})
+    assert status == 400 and "the client is tinker 0.24.1: pip install 'tinker==0.38.0'" in told["detail"]
+    assert server.ask("POST", "/api/v1/session_heartbeat", {"session_id": "nobody"})[0] == 410
+
+
+def test_a_server_with_a_token_asks_for_it_and_one_without_is_for_this_machine(
+    tercet: CommandLine, server: Server, tmp_path: Path
+):
+    assert server.ask("GET", "/api/v1/healthz", Host="evil.example")[0] == 403
+    assert server.ask("GET", "/api/v1/healthz", Origin="http://localhost")[0] == 403
+    refused = tercet("serve", "--model", "tiny", "--host", "0.0.0.0", code=2).err
+    assert "a token is required" in refused
+    guarded = start(
+        tercet, tmp_path, "--token", "tml-only-for-us", "--host", "0.0.0.0", "--limits.body-mb", 1,
+        "--limits.waiting-samples", 1,
+    )  # fmt: skip
+    guarded.url = guarded.url.replace("0.0.0.0", "127.0.0.1")
+    assert guarded.ask("GET", "/api/v1/healthz")[0] == 200
+    assert guarded.ask("GET", "/api/v1/healthz", **{"X-API-Key": "tml-other"})[0] == 401
+    status, told = guarded.ask("POST", "/api/v1/forward_backward", b"x" * 1_000_001)
+    assert status == 413 and "larger than 1 MB" in told["detail"]
+    with pytest.raises(tinker.AuthenticationError, match="the key is not this server's token"):
+        kept(tinker.ServiceClient(base_url=guarded.url, api_key="tml-other")).create_sampling_client("tiny").result()
+    # Only one may wait: the SDK is told 429, comes back, and loses none.
+    client = guarded.client()
+    sampler = client.create_sampling_client(base_model="tiny").result()
+    params = types.SamplingParams(max_tokens=2)
+    asked = [
+        sampler.sample(prompt=types.ModelInput.from_ints([40 + i]), num_samples=1, sampling_params=params)
+        for i in range(4)
+    ]
+    assert [len(each.result().sequences[0].tokens) for each in asked] == [2, 2, 2, 2]
+    client.close("success")
+    guarded.stop()
+
+
+def test_many_clients_lose_nothing_and_get_nothing_twice_when_one_of_them_dies():
+    script = Path(__file__).with_name("load.py")
+    command = [sys.executable, str(script), "--clients", "5", "--requests", "150"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {found[key] for key in ("asked", "answered", "different_sequence_ids", "whole", "different_samples")} == {
+        120
+    }
