@@ -9,6 +9,7 @@
     ├── ModelError          a model or tokenizer cannot be loaded or lacks what is needed
     ├── EngineError         an engine was asked for what it cannot do
     ├── CheckpointError     a checkpoint is damaged or belongs to another run
+    ├── RewardError         a reward could not be had: a server failed, a function gave something else
     └── TrainingError       training went wrong: a loss that is not finite, a failed self-check
 """
 
@@ -47,3 +48,7 @@ class CheckpointError(TercetError):
 
 class TrainingError(TercetError):
     """Training cannot go on: a loss that is not finite, or a self-check that failed."""
+
+
+class RewardError(TercetError):
+    """An answer's reward could not be had. It is never replaced by a number."""

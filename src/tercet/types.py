@@ -11,6 +11,8 @@ from tercet.errors import ConfigError, EngineError
 
 Label = Literal["A", "B", "Tie"]
 StopReason = Literal["stop", "eos", "length"]
+TopLogprobs = list[list[tuple[int, float]]]
+"""For each place the likeliest tokens with their log-probs, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Comparison:
     a: Conversation
     b: Conversation
     label: Label | None = None
+    margin: float = 0.0
+    """By how much the better answer shall score higher, at least, where the data say it."""
 
     def swapped(self) -> Comparison:
         """The same comparison with the places, and so the label, exchanged."""
@@ -67,6 +71,15 @@ class Comparison:
         if self.label == second:
             return self.b
         raise ValueError(f"a comparison labelled {self.label} has neither a chosen nor a rejected answer")
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """An answer that somebody found good or bad by itself."""
+
+    prompt: Conversation
+    answer: Conversation
+    good: bool
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,8 @@ class SamplingParams:
     """Drop tokens less likely than this share of the likeliest one."""
     stop: tuple[str | int, ...] = ()
     """Stop strings and stop token ids; what stopped a sample is part of its tokens."""
+    eos: bool = True
+    """Whether the model's own end of a text ends a sample."""
     seed: int = 0
 
     def __post_init__(self) -> None:

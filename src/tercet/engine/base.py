@@ -21,6 +21,7 @@ from tercet.types import (
     SamplingParams,
     StepResult,
     TokenOutputs,
+    TopLogprobs,
     Weights,
 )  # fmt: skip
 
@@ -29,15 +30,39 @@ class Sampler(Protocol):
     """Frozen weights that sample and score. A later `optim_step` never changes it."""
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
     ) -> Future[list[list[Completion]]]:
-        """Draw `n` completions of every prompt. Each is a function of (seed, prompt index, sample index) alone."""
+        """Draw `n` completions of every prompt. Each is a function of (seed, prompt index, sample index) alone.
+
+        With `seeds`, one a prompt, each prompt is drawn as the first and only one under its own seed.
+        """
         ...
 
     def logprobs(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, temperature: float = 1.0
     ) -> Future[list[list[float]]]:
         """Log-prob (float32) of every token from `starts[i]` on (default 1: the first token has none)."""
+        ...
+
+    def top_logprobs(
+        self, sequences: Sequence[Sequence[int]], k: int, starts: Sequence[int] | None = None, temperature: float = 1.0
+    ) -> Future[list[TopLogprobs]]:
+        """The `k` likeliest tokens where `logprobs` speaks of the one that stands there."""
+        ...
+
+    def divergences(
+        self, other: Sampler, sequences: Sequence[Sequence[int]], starts: Sequence[int], temperature: float = 1.0
+    ) -> Future[list[list[float]]]:
+        """KL of this sampler's distribution from another's, for every token from `starts[i]` on, in nats.
+
+        Raises:
+            EngineError: The other sampler is of another kind of engine.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -107,6 +132,10 @@ class Trainer(Protocol):
 
     def load(self, weights: Weights) -> Future[None]:
         """Take over weights, optimizer and generator state written by `save`, exactly."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the weights and their optimizer take in memory; the trainer is not used again."""
         ...
 
 

@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tercet.engine import step
+from tercet.engine.base import Sampler
+from tercet.engine.divergence import divergences
+from tercet.engine.likeliest import top_logprobs
 from tercet.engine.outputs import Body
 from tercet.engine.sampler import MAX_ROWS, generate
 from tercet.errors import CheckpointError, EngineError, TrainingError
@@ -31,6 +34,7 @@ from tercet.types import (
     SamplingParams,
     StepResult,
     TokenOutputs,
+    TopLogprobs,
 )  # fmt: skip
 
 Result = TypeVar("Result")
@@ -76,11 +80,19 @@ class BodySampler:
         self.body, self.tensors, self.language, self.budgets = body, tensors, language, budgets
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        n: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
     ) -> Future[list[list[Completion]]]:
         """See `Sampler`."""
-        eos, decode, max_rows = self.language.eos, self.language.decode, self.budgets.max_rows
-        return done(lambda: generate(self.body(), prompts, params, n, eos=eos, decode=decode, max_rows=max_rows))
+        eos = self.language.eos if params.eos else frozenset()
+        decode, max_rows = self.language.decode, self.budgets.max_rows
+        return done(
+            lambda: generate(self.body(), prompts, params, n, eos=eos, decode=decode, max_rows=max_rows, seeds=seeds)
+        )
 
     def logprobs(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, temperature: float = 1.0
@@ -97,6 +109,26 @@ class BodySampler:
             budget = self.budgets.score_tokens
             out = step.forward(self.body(), Batch(data), max_tokens=budget, temperature=temperature)
             return [row[start:] for row, start in zip(out.logprobs, begins, strict=True)]
+
+        return done(work)
+
+    def top_logprobs(
+        self, sequences: Sequence[Sequence[int]], k: int, starts: Sequence[int] | None = None, temperature: float = 1.0
+    ) -> Future[list[TopLogprobs]]:
+        """See `Sampler`."""
+        budget = self.budgets.score_tokens
+        return done(lambda: top_logprobs(self.body(), sequences, k, starts, temperature=temperature, max_tokens=budget))
+
+    def divergences(
+        self, other: Sampler, sequences: Sequence[Sequence[int]], starts: Sequence[int], temperature: float = 1.0
+    ) -> Future[list[list[float]]]:
+        """See `Sampler`."""
+
+        def work() -> list[list[float]]:
+            if not isinstance(other, BodySampler):
+                raise EngineError("the divergence of two samplers needs both in the memory of one engine")
+            budget = self.budgets.score_tokens
+            return divergences(self.body, other.body, sequences, starts, temperature=temperature, max_tokens=budget)
 
         return done(work)
 
@@ -215,6 +247,13 @@ class BodyTrainer(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return OptimResult(norm, params.learning_rate)
+
+    def close(self) -> None:
+        """See `Trainer`."""
+        self.optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.parameters = {}
 
     def save_state(self, directory: Path) -> None:
         """Write optimizer and generator state."""

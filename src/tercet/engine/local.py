@@ -140,6 +140,10 @@ class LocalEngine:
         """See `Engine`."""
         return self.frozen_scorer(self._frozen(weights), str(weights.path))
 
+    def has_head(self, weights: Weights) -> bool:
+        """Whether weights were saved with a head."""
+        return self._frozen(weights).head is not None
+
     def frozen_scorer(self, frozen: Frozen, name: str = "these weights") -> BodyScorer:
         """A scorer of weights that no longer change.
 
@@ -262,6 +266,11 @@ class LoraTrainer(BodyTrainer):
             self.load_state(weights.path)
 
         return done(work)
+
+    def close(self) -> None:
+        """See `Trainer`."""
+        super().close()
+        adapters.remove_adapter(self.peft, self.name)
 
 
 class FullTrainer(BodyTrainer):

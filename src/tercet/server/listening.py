@@ -1,0 +1,68 @@
+"""The server as a process: a socket, and an end that lets the last answers out."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from tercet.errors import UsageError
+from tercet.server.app import make_app
+from tercet.server.served import Limits, Served
+from tercet.server.service import Service
+from tercet.server.store import Store
+
+# A thousand requests may come at once, each with a connection of its own.
+BACKLOG = 4096
+
+
+def listen(
+    served: Served,
+    root: Path,
+    limits: Limits,
+    *,
+    host: str,
+    port: int,
+    token: str | None,
+    local_only: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Serve until interrupted.
+
+    Args:
+        served: The model.
+        root: Folder of checkpoints.
+        limits: How much clients may ask for.
+        host: Where to listen.
+        port: Where to listen; 0 takes a free one.
+        token: What clients must give; None asks for nothing.
+        local_only: Whether only programs of this machine are meant.
+        say: Told where it listens.
+
+    Raises:
+        UsageError: The address cannot be listened on.
+    """
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error}; give another --port, or 0 for a free one"
+        ) from error
+    port = listening.getsockname()[1]
+    app = make_app(Service(served, Store(root), limits), token=token, local_only=local_only)
+    where = f"[{host}]" if ":" in host else host
+    say(f"names: {', '.join(served.names)}; checkpoints in {root}")
+    say(f"serving: TINKER_BASE_URL=http://{where}:{port} TINKER_API_KEY={token or 'tml-local'}")
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=3, backlog=BACKLOG
+    )
+    try:
+        uvicorn.Server(config).run([listening])
+    except KeyboardInterrupt:
+        say(f"stopped; saved checkpoints are in {root}, and a server started there again serves them")

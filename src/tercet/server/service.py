@@ -1,0 +1,435 @@
+"""What each request does. All of this runs on the event loop; what an engine has to do goes through the schedule."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+from tercet.engine.base import Sampler
+from tercet.errors import CheckpointError, TercetError, UsageError
+from tercet.server import requests as asked
+from tercet.server.learning import learn
+from tercet.server.promises import PROTOBUF, Answer, Promise, Promises, answer, failure
+from tercet.server.sampling import read_draw
+from tercet.server.schedule import Schedule
+from tercet.server.served import Limits, Served
+from tercet.server.sessions import Model, SamplerEntry, Samplers, Session
+from tercet.server.store import Checkpoint, Run, Store, checked_name, now
+from tercet.server.wire import LearnRequest
+from tercet.types import Weights
+
+# A client's own time-out is 45 s.
+LONG_POLL_S = 38.0
+KEPT_S, KEPT_UNFETCHED_S = 120.0, 3600.0
+TIDY_EVERY_S = 20.0
+# A client says every 10 s that it lives. One that does not is not drawn for; should it come back, it asks again.
+SILENT_S = 90.0
+
+
+class Gone(TercetError):
+    """A session or a promise is over, and nothing can bring it back; a client is told 410."""
+
+
+class Busy(TercetError):
+    """Too much waits already; a client is told 429."""
+
+
+class Missing(TercetError):
+    """What is asked for is not there; a client is told 404."""
+
+
+class Service:
+    """One server's state."""
+
+    def __init__(self, served: Served, store: Store, limits: Limits) -> None:
+        self.served, self.store, self.limits = served, store, limits
+        self.schedule = Schedule()
+        self.promises = Promises(kept_s=KEPT_S, kept_unfetched_s=KEPT_UNFETCHED_S)
+        self.sessions: dict[str, Session] = {}
+        self.models: dict[str, Model] = {}
+        self.entries: dict[str, SamplerEntry] = {}
+        self.samplers = Samplers(limits.samplers)
+
+    async def run(self) -> None:
+        """Work for ever."""
+        await asyncio.gather(self.schedule.run(), self._tidy_for_ever())
+
+    # Sessions
+
+    def open_session(self, request: asked.CreateSession) -> Session:
+        """A new session."""
+        session = Session(f"sess-{uuid.uuid4().hex[:20]}", request.user_metadata, request.display_name)
+        self.sessions[session.session_id] = session
+        return session
+
+    def heard(self, session_id: str) -> Session:
+        """The session of this id, which has just been heard of.
+
+        Raises:
+            Gone: There is none, or it is over.
+        """
+        session = self.sessions.get(session_id)
+        if session is None or session.finished is not None:
+            raise Gone(
+                f"the session {session_id} is over, or this server was started after it began; its checkpoints are "
+                "kept: open a new session and load one"
+            )
+        session.heard_at = time.monotonic()
+        return session
+
+    def finish(self, session_id: str, reason: str) -> None:
+        """End a session: what it trained and drew from is let go. The first reason stays."""
+        session = self.sessions.get(session_id)
+        if session is None or session.finished is not None:
+            return
+        session.finished = reason
+        for promise in self.schedule.drop(lambda promise: promise.session_id == session_id):
+            self.promises.forget(promise)
+        for sampler_id in session.samplers:
+            entry = self.entries.pop(sampler_id, None)
+            if entry is not None and entry.model_path is None and entry.weights != BASE:
+                self.samplers.drop(entry.weights)
+        for model_id in session.models:
+            model = self.models.pop(model_id, None)
+            if model is not None:
+                self.schedule.submit(Promise("", None, session_id), lambda model=model: _close(model))  # type: ignore[misc]
+
+    # Models
+
+    def create_model(self, request: asked.CreateModel) -> Promise:
+        """Begin to train new weights."""
+        session = self.heard(request.session_id)
+        model_id = f"{session.session_id}:train:{request.model_seq_id}"
+        promise, new = self.promises.of((model_id, 0), session.session_id)
+        if not new:
+            return promise
+
+        def work() -> Answer:
+            if request.optimizer_config.type != "adamw":
+                raise UsageError(f"the optimizer {request.optimizer_config.type!r} is not here; adamw is")
+            lora = (request.lora_config or asked.Lora(rank=32)).config()
+            seed = 0 if request.lora_config is None else request.lora_config.seed or 0
+            model.trainer = self.served.engine.trainer(lora=lora, seed=seed)
+            model.lora_rank = lora.rank
+            self._begin_run(model, request.user_metadata)
+            return answer(model_id=model_id, type="create_model")
+
+        model = self._new_model(model_id, session, request.base_model)
+        self._create(promise, model, work)
+        return promise
+
+    def create_model_from(self, request: asked.LoadWeights) -> Promise:
+        """Begin to train saved weights; with `optimizer`, exactly where they stood."""
+        session = self.heard(request.session_id or "")
+        model_id = f"{session.session_id}:train:{request.model_seq_id}"
+        promise, new = self.promises.of((model_id, 0), session.session_id)
+        if not new:
+            return promise
+
+        def work() -> Answer:
+            saved = self._loadable(request.path)
+            model.base_model = request.base_model or saved.run.base_model
+            self.served.checked(model.base_model)
+            trainer = self.served.engine.trainer(init=Weights(saved.directory))
+            if request.optimizer:
+                trainer.load(Weights(saved.directory)).result()
+            model.trainer, model.lora_rank = trainer, saved.run.lora_rank
+            self._begin_run(model, request.user_metadata)
+            return answer(path=request.path, model_id=model_id, type="load_weights")
+
+        model = self._new_model(model_id, session, request.base_model)
+        self._create(promise, model, work)
+        return promise
+
+    def model(self, model_id: str) -> Model:
+        """The model of this id.
+
+        Raises:
+            Missing: There is none.
+        """
+        found = self.models.get(model_id)
+        if found is None:
+            raise Missing(
+                f"there is no model {model_id} in training: its session is over, or this server was started after it; "
+                "create a training client from its last checkpoint"
+            )
+        session = self.sessions.get(found.session_id)
+        if session is not None:
+            session.heard_at = time.monotonic()
+        return found
+
+    def info(self, model_id: str) -> dict[str, Any]:
+        """What a client wants to know of its model."""
+        model = self.model(model_id)
+        return {
+            "type": "get_info",
+            "model_data": {
+                "arch": self.served.architecture,
+                "model_name": model.base_model,
+                "tokenizer_id": str(self.served.tokenizer),
+            },
+            "model_id": model_id,
+            "is_lora": True,
+            "lora_rank": model.lora_rank,
+            "model_name": model.base_model,
+        }
+
+    def learn(self, request: LearnRequest) -> Promise:
+        """Add a batch's gradient, or look at it."""
+
+        def work(model: Model) -> Answer:
+            tokens = request.tokens()
+            if tokens > self.limits.request_tokens:
+                raise UsageError(
+                    f"the request has {tokens} tokens, and {self.limits.request_tokens} are allowed; send it in "
+                    "pieces, whose gradients add up"
+                )
+            return Answer(learn(model.trained(), request), PROTOBUF)
+
+        return self._in_order(request.model_id, request.seq_id, work)
+
+    def optim_step(self, request: asked.OptimStep) -> Promise:
+        """Use the gradient."""
+
+        def work(model: Model) -> Answer:
+            if request.adam_params is None:
+                raise UsageError("adam_params is missing; AdamW is the optimizer here")
+            done = model.trained().optim_step(request.adam_params.params()).result()
+            return answer(
+                metrics={"grad_norm": done.grad_norm, "learning_rate": done.learning_rate}, type="optim_step"
+            )  # fmt: skip
+
+        return self._in_order(request.model_id, request.seq_id, work)
+
+    def save(self, request: asked.SaveWeights, kind: str) -> Promise:
+        """Write a checkpoint, to go on from (`weights`) or to sample from (`sampler_weights`)."""
+
+        def work(model: Model) -> Answer:
+            trainer = model.trained()
+
+            def write(directory: Path) -> None:
+                trainer.save(directory).result()
+
+            found = self.store.save(
+                model.model_id, kind, checked_name(request.path or f"step-{request.seq_id}"), write,
+                ttl_seconds=request.ttl_seconds, user_metadata=request.user_metadata, overwrite=request.overwrite,
+            )  # fmt: skip
+            self.store.touch(model.model_id)
+            return answer(path=found.path, type="save_weights" if kind == "weights" else "save_weights_for_sampler")
+
+        return self._in_order(request.model_id, request.seq_id, work)
+
+    def save_sampler(self, request: asked.SaveWeights) -> Promise:
+        """A sampler of the weights as they are, kept in memory only."""
+
+        def work(model: Model) -> Answer:
+            sampler_id = f"{model.session_id}:sample:{request.sampling_session_seq_id}"
+            self.samplers.keep(sampler_id, model.trained().sampler())
+            self._add_entry(SamplerEntry(sampler_id, model.session_id, model.base_model, None, sampler_id))
+            return answer(sampling_session_id=sampler_id, path=None, type="save_weights_for_sampler")
+
+        return self._in_order(request.model_id, request.seq_id, work)
+
+    def load_in_place(self, request: asked.LoadWeights) -> Promise:
+        """Let a model take over saved weights and optimizer."""
+
+        def work(model: Model) -> Answer:
+            saved = self._loadable(request.path)
+            if request.optimizer:
+                model.trained().load(Weights(saved.directory)).result()
+            else:
+                old, model.trainer = model.trained(), self.served.engine.trainer(init=Weights(saved.directory))
+                old.close()
+            return answer(path=request.path, model_id=model.model_id, type="load_weights")
+
+        return self._in_order(request.model_id or "", request.seq_id or 0, work)
+
+    # Sampling
+
+    def open_sampler(self, request: asked.CreateSamplingSession) -> SamplerEntry:
+        """Draw from saved weights, or from the base."""
+        session = self.heard(request.session_id)
+        sampler_id = f"{session.session_id}:sample:{request.sampling_session_seq_id}"
+        if sampler_id not in self.entries:
+            self._add_entry(self._entry(sampler_id, session.session_id, request.base_model, request.model_path))
+        return self.entries[sampler_id]
+
+    def entry(self, sampler_id: str) -> SamplerEntry:
+        """The sampler of this id.
+
+        Raises:
+            Missing: There is none.
+        """
+        found = self.entries.get(sampler_id)
+        if found is None:
+            raise Missing(
+                f"there is no sampler {sampler_id}: its session is over, or this server was started after it; "
+                "create a sampling client from a saved checkpoint"
+            )
+        return found
+
+    def sample(self, request: asked.Sample, idempotency_key: str | None) -> Promise:
+        """Draw.
+
+        Raises:
+            Busy: Too many samples wait already.
+            Missing: There is no such sampler.
+        """
+        if request.sampling_session_id is not None:
+            entry = self.entry(request.sampling_session_id)
+            session = self.sessions.get(entry.session_id)
+            if session is not None:
+                session.heard_at = time.monotonic()
+            key: Hashable = (entry.sampler_id, request.seq_id)
+        else:
+            entry = self._entry("", "", request.base_model, request.model_path)
+            key = ("asample", idempotency_key or uuid.uuid4().hex)
+        if key not in self.promises.by_key and self.schedule.waiting_samples >= self.limits.waiting_samples:
+            raise Busy(f"{self.limits.waiting_samples} samples wait already; try again in a second")
+        promise, new = self.promises.of(key, entry.session_id)
+        if new:
+            try:
+                draw = read_draw(
+                    request, promise, context_tokens=self.served.engine.context_tokens,
+                    vocabulary=self.served.vocabulary, most_samples=self.limits.samples,
+                )  # fmt: skip
+            except TercetError as error:
+                promise.keep(failure(str(error)))
+            else:
+                self.schedule.draw(entry.weights, lambda: self._sampler(entry), draw)
+        return promise
+
+    async def retrieve(self, request_id: str) -> Answer:
+        """The answer of a promise; "try again" when it is not there after half a minute.
+
+        Raises:
+            Gone: The promise is not known, or not any more.
+        """
+        promise = self.promises.get(request_id)
+        if promise is not None and not promise.done.is_set():
+            try:
+                await asyncio.wait_for(promise.done.wait(), LONG_POLL_S)
+            except TimeoutError:
+                return answer(type="try_again", request_id=request_id, queue_state="active")
+        if promise is None or promise.answer is None:
+            raise Gone(f"the request {request_id} is not known here, or its answer was kept long enough")
+        promise.fetched_at = promise.fetched_at or time.monotonic()
+        return promise.answer
+
+    def cancel(self, request_id: str) -> None:
+        """Do not draw what nobody waits for; what has begun goes on."""
+        for promise in self.schedule.drop(lambda promise: promise.request_id == request_id):
+            self.promises.forget(promise)
+
+    # Within
+
+    def _new_model(self, model_id: str, session: Session, base_model: str | None) -> Model:
+        self.models[model_id] = model = Model(model_id, session.session_id, base_model or "")
+        session.models.append(model_id)
+        return model
+
+    def _create(self, promise: Promise, model: Model, work: Callable[[], Answer]) -> None:
+        """Make a model's trainer, if its name is right and there is room."""
+        if len(self.models) > self.limits.models:
+            del self.models[model.model_id]
+            promise.keep(
+                failure(
+                    f"{self.limits.models} models are in training already; finish a session, or raise --limits.models"
+                )
+            )
+        elif model.base_model and model.base_model not in self.served.names:
+            del self.models[model.model_id]
+            promise.keep(failure(_said(lambda: self.served.checked(model.base_model))))
+        else:
+            self.schedule.submit(promise, work)
+
+    def _begin_run(self, model: Model, user_metadata: dict[str, Any] | None) -> None:
+        began = now()
+        self.store.begin(
+            Run(model.model_id, model.base_model, self.served.name, model.lora_rank, user_metadata, began, began)
+        )
+
+    def _in_order(self, model_id: str, seq_id: int, work: Callable[[Model], Answer]) -> Promise:
+        model = self.model(model_id)
+        promise, new = self.promises.of((model_id, seq_id), model.session_id)
+        if new:
+            model.in_order(seq_id, promise, lambda: self.schedule.submit(promise, lambda: work(model)))
+        return promise
+
+    def _loadable(self, path: str) -> Checkpoint:
+        saved = self.store.checkpoint(path)
+        if saved.run.served != self.served.name:
+            raise CheckpointError(
+                f"{path} was trained on {saved.run.served}, and this server serves {self.served.name}"
+            )
+        return saved
+
+    def _entry(self, sampler_id: str, session_id: str, base_model: str | None, path: str | None) -> SamplerEntry:
+        if path is not None:
+            saved = self._loadable(path)
+            # With its time: a checkpoint may be overwritten under the same name.
+            return SamplerEntry(sampler_id, session_id, saved.run.base_model, path, (path, saved.time))
+        if base_model is None:
+            raise UsageError("neither base_model nor model_path is given; one of them says what to sample from")
+        return SamplerEntry(sampler_id, session_id, self.served.checked(base_model), None, BASE)
+
+    def _add_entry(self, entry: SamplerEntry) -> None:
+        self.entries[entry.sampler_id] = entry
+        if entry.session_id in self.sessions:
+            self.sessions[entry.session_id].samplers.append(entry.sampler_id)
+
+    def _sampler(self, entry: SamplerEntry) -> Sampler:
+        def make() -> Sampler:
+            if entry.weights == BASE:
+                return self.served.engine.sampler()
+            if entry.model_path is None:
+                raise UsageError(
+                    f"the sampler {entry.sampler_id} was never saved and has made room for newer ones; save it with a "
+                    "name, or start the server with a larger --limits.samplers"
+                )
+            return self.served.engine.sampler(Weights(self._loadable(entry.model_path).directory))
+
+        return self.samplers.get(entry.weights, make)
+
+    async def _tidy_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(TIDY_EVERY_S)
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Let go of what nobody will ask for."""
+        self.promises.tidy()
+        self.store.tidy()
+        at = time.monotonic()
+        silent = {each.session_id for each in self.sessions.values() if at - each.heard_at > SILENT_S}
+        for promise in self.schedule.drop(lambda promise: promise.session_id in silent):
+            self.promises.forget(promise)
+        for session in list(self.sessions.values()):
+            if session.finished is None and at - session.heard_at > self.limits.session_timeout_s:
+                self.finish(session.session_id, "interrupted")
+            if session.finished is not None and at - session.heard_at > 2 * self.limits.session_timeout_s:
+                del self.sessions[session.session_id]
+        for model in self.models.values():
+            model.give_up_on_lost()
+
+
+BASE: Hashable = "base"
+
+
+def _close(model: Model) -> Answer:
+    if model.trainer is not None:
+        model.trainer.close()
+        model.trainer = None
+    return answer()
+
+
+def _said(check: Callable[[], object]) -> str:
+    try:
+        check()
+    except TercetError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,123 @@
+"""What clients have going: sessions, the models they train, and the samplers they draw from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tercet.engine.base import Sampler, Trainer
+from tercet.errors import UsageError
+from tercet.server.promises import Promise, failure
+
+# A request may overtake the one before it, but not by minutes: then that one is lost.
+LOST_AFTER_S = 300.0
+
+
+@dataclass
+class Session:
+    """One client."""
+
+    session_id: str
+    user_metadata: dict[str, Any] | None
+    display_name: str | None
+    heard_at: float = field(default_factory=time.monotonic)
+    finished: str | None = None
+    models: list[str] = field(default_factory=list)
+    samplers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    promise: Promise
+    start: Callable[[], None]
+    since: float
+
+
+@dataclass
+class Model:
+    """A model in training. Its requests are done by their number, not as they arrive."""
+
+    model_id: str
+    session_id: str
+    base_model: str
+    lora_rank: int | None = None
+    trainer: Trainer | None = None
+    """None until it is made, and after it is closed."""
+    next_seq: int = 1
+    waiting: dict[int, _Waiting] = field(default_factory=dict)
+
+    def trained(self) -> Trainer:
+        """The trainer.
+
+        Raises:
+            UsageError: It could not be made, or its session is over.
+        """
+        if self.trainer is None:
+            raise UsageError(f"{self.model_id} is not there: it could not be made, or its session is over")
+        return self.trainer
+
+    def in_order(self, seq_id: int, promise: Promise, start: Callable[[], None]) -> None:
+        """Start a request once all with smaller numbers have been started."""
+        self.waiting[seq_id] = _Waiting(promise, start, time.monotonic())
+        if seq_id < self.next_seq:
+            del self.waiting[seq_id]
+            promise.keep(failure(f"{self.model_id} has done its request {seq_id} already, and it was another one"))
+        while self.next_seq in self.waiting:
+            self.waiting.pop(self.next_seq).start()
+            self.next_seq += 1
+
+    def give_up_on_lost(self) -> None:
+        """Fail what has waited too long for a request that never came: without it, it would learn something else."""
+        if not self.waiting or time.monotonic() - min(each.since for each in self.waiting.values()) < LOST_AFTER_S:
+            return
+        for each in self.waiting.values():
+            each.promise.keep(
+                failure(
+                    f"request {self.next_seq} of {self.model_id} never came, and those after it cannot be done",
+                    "server",
+                )
+            )
+        self.next_seq = max(self.waiting) + 1
+        self.waiting.clear()
+
+
+@dataclass
+class SamplerEntry:
+    """Weights to draw from, as a client holds them."""
+
+    sampler_id: str
+    session_id: str
+    base_model: str
+    model_path: str | None
+    weights: Hashable
+    """Which weights: entries that have this in common are drawn from together."""
+
+
+class Samplers:
+    """Frozen weights in memory: those from disk are read again when they are needed, the others exist only here."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._by_weights: dict[Hashable, Sampler] = {}
+
+    def keep(self, weights: Hashable, sampler: Sampler) -> None:
+        """Put a sampler in; the one that was unused longest makes room."""
+        self._by_weights.pop(weights, None)
+        self._by_weights[weights] = sampler
+        while len(self._by_weights) > self.most:
+            del self._by_weights[next(iter(self._by_weights))]
+
+    def get(self, weights: Hashable, make: Callable[[], Sampler]) -> Sampler:
+        """The sampler of these weights, made when it is not there."""
+        found = self._by_weights.get(weights)
+        self.keep(weights, make() if found is None else found)
+        return self._by_weights[weights]
+
+    def drop(self, weights: Hashable) -> None:
+        """Take one out."""
+        self._by_weights.pop(weights, None)
+
+    def __len__(self) -> int:
+        return len(self._by_weights)

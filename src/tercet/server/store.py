@@ -1,0 +1,258 @@
+"""Checkpoints and training runs on disk: they outlive sessions and the server.
+
+::
+
+    ROOT/sess-…:train:0/run.json                     what the run is
+    ROOT/sess-…:train:0/weights/000010/              adapter, optimizer, checkpoint.json; tinker://…/weights/000010
+    ROOT/sess-…:train:0/sampler_weights/000010/      the same, to sample from
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import IO, Any
+
+from tercet.errors import CheckpointError, UsageError
+from tercet.runs.durable import UNFINISHED, remove_directory, remove_unfinished, sync, write_atomically
+
+SCHEME = "tinker://"
+KINDS = {"weights": "training", "sampler_weights": "sampler"}
+RUN_FILE, CHECKPOINT_FILE = "run.json", "checkpoint.json"
+# One name, no path: nothing that leads out of the folder, and nothing hidden.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+=@-]{0,199}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, which is one trained model."""
+
+    training_run_id: str
+    base_model: str
+    """The name that the client asked for."""
+    served: str
+    """The model behind that name: weights of one do not fit another."""
+    lora_rank: int | None
+    user_metadata: dict[str, Any] | None
+    created: str
+    last_request_time: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saved weights."""
+
+    run: Run
+    kind: str
+    name: str
+    directory: Path
+    time: str
+    size_bytes: int
+    user_metadata: dict[str, Any] | None
+    expires_at: str | None
+
+    @property
+    def path(self) -> str:
+        """As clients name it."""
+        return f"{SCHEME}{self.run.training_run_id}/{self.kind}/{self.name}"
+
+    def as_json(self) -> dict[str, Any]:
+        """As the SDK reads it."""
+        return {
+            "checkpoint_id": f"{self.kind}/{self.name}",
+            "checkpoint_type": KINDS[self.kind],
+            "time": self.time,
+            "tinker_path": self.path,
+            "size_bytes": self.size_bytes,
+            "public": False,
+            "user_metadata": self.user_metadata,
+            "expires_at": self.expires_at,
+        }
+
+
+def now() -> str:
+    """The time, as the SDK reads it."""
+    return datetime.now(UTC).isoformat()
+
+
+def checked_name(name: str, what: str = "checkpoint") -> str:
+    """The name itself, once it can name one folder.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if not NAME.fullmatch(name) or UNFINISHED in name:
+        raise UsageError(
+            f"{name!r} cannot name a {what}: letters, digits and . _ - : + = @ are allowed, at most 200 of them, "
+            "and a letter, digit or _ comes first"
+        )
+    return name
+
+
+class Store:
+    """The folder of all runs."""
+
+    def __init__(self, root: Path) -> None:
+        """Open it; what a killed server left half written is removed."""
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        for run in root.iterdir():
+            for kind in KINDS:
+                if (run / kind).is_dir():
+                    remove_unfinished(run / kind)
+
+    def begin(self, run: Run) -> None:
+        """Keep a new run, or what is new about one."""
+        folder = self.root / checked_name(run.training_run_id, "training run")
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / RUN_FILE, json.dumps(asdict(run), indent=1))
+
+    def touch(self, run_id: str) -> None:
+        """Note that the run was asked for something."""
+        run = self.run(run_id)
+        if run is not None:
+            self.begin(replace(run, last_request_time=now()))
+
+    def run(self, run_id: str) -> Run | None:
+        """The run of this id."""
+        path = self.root / checked_name(run_id, "training run") / RUN_FILE
+        return Run(**json.loads(path.read_text())) if path.is_file() else None
+
+    def runs(self) -> list[Run]:
+        """Every run, the newest first."""
+        found = [Run(**json.loads(path.read_text())) for path in self.root.glob(f"*/{RUN_FILE}")]
+        return sorted(found, key=lambda run: run.created, reverse=True)
+
+    def save(
+        self,
+        run_id: str,
+        kind: str,
+        name: str,
+        write: Callable[[Path], None],
+        *,
+        ttl_seconds: int | None,
+        user_metadata: Mapping[str, Any] | None,
+        overwrite: bool,
+    ) -> Checkpoint:
+        """Write a checkpoint; a reader sees all of it or nothing.
+
+        Args:
+            run_id: The run.
+            kind: A key of `KINDS`.
+            name: Of the checkpoint, within its run and kind.
+            write: Writes the weights into a folder.
+            ttl_seconds: When it expires; None never.
+            user_metadata: Kept with it.
+            overwrite: Whether it may replace one of the same name.
+
+        Raises:
+            UsageError: The name cannot name a folder, or is taken.
+        """
+        final = self.root / checked_name(run_id, "training run") / kind / checked_name(name)
+        if final.exists() and not overwrite:
+            raise UsageError(f"{SCHEME}{run_id}/{kind}/{name} is there already; give another name, or overwrite=True")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f"{name}{UNFINISHED}new")
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        write(temporary)
+        expires = None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)
+        note = {
+            "time": now(),
+            "size_bytes": sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file()),
+            "user_metadata": None if user_metadata is None else dict(user_metadata),
+            "expires_at": None if expires is None else expires.isoformat(),
+        }
+        (temporary / CHECKPOINT_FILE).write_text(json.dumps(note))
+        for path in temporary.rglob("*"):
+            sync(path)
+        if final.exists():
+            remove_directory(final)
+        temporary.rename(final)
+        sync(final.parent)
+        return self.checkpoint(f"{SCHEME}{run_id}/{kind}/{name}")
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        """The checkpoint that a client names.
+
+        Raises:
+            UsageError: The name is none.
+            CheckpointError: There is no such checkpoint, or not any more.
+        """
+        parts = path.removeprefix(SCHEME).split("/")
+        if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in KINDS:
+            raise UsageError(
+                f"{path!r} names no checkpoint here: {SCHEME}<training run>/<{' or '.join(KINDS)}>/<name> is wanted"
+            )
+        run_id, kind, name = parts
+        run = self.run(run_id)
+        found = None if run is None else self._read(run, kind, checked_name(name))
+        if found is None:
+            raise CheckpointError(
+                f"there is no checkpoint {path}; this server keeps those that were saved to it in {self.root} and "
+                "have not expired"
+            )
+        return found
+
+    def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
+        """Those of one run, or all; the newest first."""
+        runs = self.runs() if run_id is None else [run for run in [self.run(run_id)] if run is not None]
+        found = [
+            each
+            for run in runs
+            for kind in KINDS
+            for path in (self.root / run.training_run_id / kind).glob(f"*/{CHECKPOINT_FILE}")
+            if (each := self._read(run, kind, path.parent.name)) is not None
+        ]
+        return sorted(found, key=lambda each: each.time, reverse=True)
+
+    def delete(self, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint."""
+        remove_directory(checkpoint.directory)
+
+    def expire_in(self, checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
+        """Say anew when it expires; None never."""
+        path = checkpoint.directory / CHECKPOINT_FILE
+        note = json.loads(path.read_text())
+        until = None if ttl_seconds is None else (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat()
+        write_atomically(path, json.dumps({**note, "expires_at": until}))
+
+    def tidy(self) -> None:
+        """Remove what has expired."""
+        for path in self.root.glob(f"*/*/*/{CHECKPOINT_FILE}"):
+            if _expired(json.loads(path.read_text())["expires_at"]):
+                remove_directory(path.parent)
+
+    def archive(self, checkpoint: Checkpoint) -> Iterator[bytes]:
+        """The checkpoint's files as a tar, piece by piece."""
+        with tempfile.TemporaryFile() as file:
+            _pack(checkpoint, file)
+            file.seek(0)
+            while piece := file.read(1 << 20):
+                yield piece
+
+    def _read(self, run: Run, kind: str, name: str) -> Checkpoint | None:
+        directory = self.root / run.training_run_id / kind / name
+        path = directory / CHECKPOINT_FILE
+        if not path.is_file():
+            return None
+        note = json.loads(path.read_text())
+        return None if _expired(note["expires_at"]) else Checkpoint(run, kind, name, directory, **note)
+
+
+def _pack(checkpoint: Checkpoint, file: IO[bytes]) -> None:
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for path in sorted(checkpoint.directory.iterdir()):
+            tar.add(path, arcname=path.name)
+
+
+def _expired(until: str | None) -> bool:
+    return until is not None and datetime.fromisoformat(until) <= datetime.now(UTC)

@@ -1,0 +1,99 @@
+"""Checkpoints on disk: whole or not there, within their folder, and gone when their time is up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tercet.errors import CheckpointError, UsageError
+from tercet.server.store import Run, Store, now
+
+RUN = "sess-1:train:0"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "served")
+    store.begin(Run(RUN, "Qwen/Qwen3-8B-Base", "tiny", 8, {"who": "me"}, now(), now()))
+    return store
+
+
+def save(store: Store, name: str = "a", kind: str = "weights", content: str = "1", **settings: Any) -> Any:
+    given = {"ttl_seconds": None, "user_metadata": None, "overwrite": False, **settings}
+    return store.save(RUN, kind, name, lambda directory: (directory / "file").write_text(content) and None, **given)
+
+
+def test_a_checkpoint_is_found_by_its_name_by_whoever_opens_the_folder(store):
+    saved = save(store, user_metadata={"step": 3})
+    assert saved.path == f"tinker://{RUN}/weights/a"
+    found = Store(store.root).checkpoint(saved.path)
+    assert (found.directory / "file").read_text() == "1"
+    assert found.as_json() | {"time": ""} == {
+        "checkpoint_id": "weights/a", "checkpoint_type": "training", "time": "", "tinker_path": saved.path,
+        "size_bytes": 1, "public": False, "user_metadata": {"step": 3}, "expires_at": None,
+    }  # fmt: skip
+    assert found.run.user_metadata == {"who": "me"}
+
+
+def test_a_name_is_taken_once_unless_it_may_be_overwritten(store):
+    save(store)
+    with pytest.raises(UsageError, match="is there already; give another name, or overwrite=True"):
+        save(store, content="2")
+    assert (save(store, content="2", overwrite=True).directory / "file").read_text() == "2"
+    assert save(store, kind="sampler_weights").path == f"tinker://{RUN}/sampler_weights/a"
+
+
+@pytest.mark.parametrize("name", ["..", "../b", "a/b", ".hidden", "", "x" * 201, "a\\b", "a\0b", "a.tmp-1"])
+def test_no_name_leads_out_of_the_folder(store, name):
+    with pytest.raises(UsageError, match="cannot name a checkpoint"):
+        save(store, name)
+    with pytest.raises((UsageError, CheckpointError)):
+        store.checkpoint(f"tinker://{RUN}/weights/{name}")
+    with pytest.raises(UsageError, match="cannot name a training run"):
+        store.run(name or "/")
+
+
+@pytest.mark.parametrize("path", ["a", "tinker://a", "tinker://a/b/c", "tinker://a/weights/b/c", "file://a/weights/b"])
+def test_what_is_no_path_is_refused(store, path):
+    with pytest.raises(UsageError, match="names no checkpoint here"):
+        store.checkpoint(path)
+
+
+def test_a_save_that_fails_leaves_the_old_one_and_no_half_of_the_new(store):
+    save(store)
+
+    def write(directory: Path) -> None:
+        (directory / "file").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        store.save(RUN, "weights", "a", write, ttl_seconds=None, user_metadata=None, overwrite=True)
+    assert [path.name for path in (store.root / RUN / "weights").glob("*.tmp-*")] != []
+    again = Store(store.root)
+    assert [each.name for each in again.checkpoints()] == ["a"]
+    assert (again.checkpoint(f"tinker://{RUN}/weights/a").directory / "file").read_text() == "1"
+    assert [path.name for path in (store.root / RUN / "weights").iterdir()] == ["a"]
+
+
+def test_what_has_expired_is_not_served_and_is_removed(store):
+    lasting = save(store, "lasting", ttl_seconds=3600)
+    brief = save(store, "brief")
+    store.expire_in(brief, -1)
+    assert [each.name for each in store.checkpoints(RUN)] == ["lasting"]
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        store.checkpoint(brief.path)
+    store.tidy()
+    assert not brief.directory.exists() and lasting.directory.exists()
+    store.expire_in(lasting, None)
+    assert json.loads((lasting.directory / "checkpoint.json").read_text())["expires_at"] is None
+
+
+def test_runs_are_listed_the_newest_first(store):
+    store.begin(Run("sess-2:train:0", "tiny", "tiny", 4, None, now(), now()))
+    assert [run.training_run_id for run in store.runs()] == ["sess-2:train:0", RUN]
+    before = store.run(RUN)
+    store.touch(RUN)
+    assert store.run(RUN).last_request_time > before.last_request_time
