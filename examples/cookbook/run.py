@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,18 +38,24 @@ SETTINGS = [
     "rm_learning_rate=5e-4", "rl_learning_rate=5e-5", "rl_max_tokens=32", "eval_every=6", "save_every=6",
 ]  # fmt: skip
 COOKBOOK = ("tinker-cookbook==0.6.1",)
-# tinker-cookbook 0.6.1 asks for a tml-renderers that the registry does not have; text models need none of it.
+# tinker-cookbook 0.6.1 asks for a tml-renderers that the registry does not have; text models need none of it. What this
+# interpreter has already is used from there.
 BESIDE = [
-    "tinker==0.38.0", "tml-renderers==0.2.1", "aiohttp", "blobfile", "chz", "cloudpickle", "datasets", "pillow",
-    "pyrage", "rich", "safetensors", "termcolor", "tiktoken", "torch", "tqdm", "transformers",
+    "tinker==0.38.0", "tml-renderers==0.2.1", "aiohttp", "blobfile", "chz", "cloudpickle", "pillow", "pyrage",
+    "termcolor", "tiktoken",
 ]  # fmt: skip
 
 
 def cookbook_python(place: Path) -> str:
-    """The interpreter of an environment with the cookbook in it, made the first time."""
+    """The interpreter of an environment with the cookbook in it, made the first time.
+
+    It sees the packages of the environment that runs this, so that only what those lack is fetched.
+    """
     python = place / "bin/python"
     if not (place / "complete").exists():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        [inside] = place.glob("lib/python*/site-packages")
+        (inside / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
         constraints = Path(__file__).parents[2] / "constraints.txt"
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
         subprocess.run([*pip, *BESIDE], check=True)
@@ -129,11 +136,15 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m", help="the base model that is served")
     parser.add_argument("--folder", type=Path, default=Path("runs/cookbook"), help="where it all happens")
     parser.add_argument("--python", help="an interpreter that has tinker-cookbook 0.6.1; one is made without")
+    parser.add_argument("--install", type=Path, help="only make that environment, here; says where its interpreter is")
     parser.add_argument("--test-rows", type=int, default=32, help="held-out rows; the recipe has no setting for them")
     parser.add_argument("--recipe", default=RECIPE, help="the module of another recipe")
     parser.add_argument("--serve", default="", help="words for tercet serve")
     parser.add_argument("settings", nargs="*", help="key=value for the recipe, after --")
     asked = parser.parse_args()
+    if asked.install is not None:
+        print(cookbook_python(asked.install.resolve()))
+        return 0
     folder: Path = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # The recipe's evaluation answers with up to 1,024 tokens, and its judge reads two answers.

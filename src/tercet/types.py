@@ -120,13 +120,15 @@ class Batch:
     """How much each pair counts; None weighs all alike."""
     pair_streams: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """What a loss wants to know of each pair."""
+    together: Sequence[tuple[int, ...]] = ()
+    """Indices of data that a loss looks at together beyond pairs; they are never split either."""
 
     def __post_init__(self) -> None:
         weights = {} if self.pair_weights is None else {"pair_weights": self.pair_weights}
         for name, values in {**weights, **self.pair_streams}.items():
             if len(values) != len(self.pairs):
                 raise EngineError(f"{name} has {len(values)} entries for {len(self.pairs)} pairs; they must be as many")
-        for pair in self.pairs:
+        for pair in (*self.pairs, *self.together):
             if not all(0 <= i < len(self.data) for i in pair):
                 raise EngineError(f"the pair {pair} points outside the batch of {len(self.data)} sequences")
 

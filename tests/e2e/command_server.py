@@ -1,8 +1,9 @@
 """Runs commands in processes of their own, forked from one that has imported the libraries already.
 
 Importing torch and its friends takes seconds, and these tests run the command line a hundred times. A line of JSON on
-standard input asks: `{"argv": …, "stdin": …, "stdout": …, "stderr": …}` forks a process that runs `tercet` with these
-words and answers its id; `{"wait": id}` answers its exit code (negative: the signal that ended it) once it has ended.
+standard input asks: `{"argv": …, "stdin": …, "stdout": …, "stderr": …, "environment": …}` forks a process that runs
+`tercet` with these words and variables and answers its id; `{"wait": id}` answers its exit code (negative: the signal
+that ended it) once it has ended.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def run(request: dict[str, Any]) -> int:
         os.dup2(opened, number)
         os.close(opened)
     sys.stdin = os.fdopen(0, closefd=False)
+    os.environ.update(request["environment"])
     # Whoever started the tests may have had Ctrl-C switched off.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from tercet.cli.main import main

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class CommandLine:
         self.server.stdin.flush()
         return int(self.answer())
 
-    def start(self, *words: object, stdin: str | None = None) -> Started:
+    def start(self, *words: object, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> Started:
         number = next(self.numbers)
         out, err, given = (self.folder / f"{number}.{name}" for name in ("out", "err", "in"))
         if stdin is not None:
@@ -60,12 +60,19 @@ class CommandLine:
             stdin=None if stdin is None else str(given),
             stdout=str(out),
             stderr=str(err),
+            environment=dict(environment or {}),
         )
         return Started(self, pid, out, err)
 
-    def __call__(self, *words: object, code: int = 0, stdin: str | None = None) -> Ended:
+    def __call__(
+        self,
+        *words: object,
+        code: int = 0,
+        stdin: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Ended:
         """Run a command to its end; `code` is what it must exit with."""
-        ended = self.start(*words, stdin=stdin).wait()
+        ended = self.start(*words, stdin=stdin, environment=environment).wait()
         assert ended.code == code, f"exit {ended.code}\n{ended.out}\n{ended.err}"
         return ended
 

@@ -1,6 +1,6 @@
 """The published RLHF recipe, unmodified, against the server: a short form, where tinker-cookbook is installed.
 
-`TERCET_COOKBOOK` names an interpreter that has it; `examples/cookbook/run.py` makes one.
+`TERCET_COOKBOOK` names an interpreter that has it; `examples/cookbook/run.py --install FOLDER` makes one, as CI does.
 """
 
 from __future__ import annotations
@@ -35,3 +35,10 @@ def test_all_three_stages_of_the_published_recipe_run_unmodified(tmp_path: Path)
     assert all(any("train_mean_nll" in row for row in found[stage]) for stage in ("sft", "rm"))
     assert any("env/all/reward/total" in row for row in found["rl"])
     assert any("win_rate" in row for row in found["rl"])
+    # The cookbook's own measure of whether sampler and trainer are one model: mean, and half the mean square, of the
+    # difference of their log-probs.
+    for row in found["rl"]:
+        if "optim/kl_sample_train_v1" in row:
+            assert abs(row["optim/kl_sample_train_v1"]) < 1e-5
+            assert row["optim/kl_sample_train_v2"] < 1e-9
+    assert any("optim/kl_sample_train_v1" in row for row in found["rl"])

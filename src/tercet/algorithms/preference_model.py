@@ -6,16 +6,17 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tercet.algorithms.steps import PairsConfig, likelihood_metrics, rows_of_step, train
 from tercet.chat.comparisons import ComparisonRenderer
 from tercet.engine.base import Trainer
+from tercet.errors import ConfigError
 from tercet.evaluation.judges import agreement
 from tercet.rewards.judge import Judge
 from tercet.runs.durable import write_atomically
 from tercet.runs.run import Run
-from tercet.types import Batch, Comparison, StepResult
+from tercet.types import Batch, Comparison, Datum, Label, StepResult
 
 AGREEMENT_FILE = "agreement.json"
 """In a run's folder: accuracy, calibration and consistency at the newest evaluation."""
@@ -31,6 +32,14 @@ class PreferenceConfig(PairsConfig):
     """Steps over which the learning rate rises to its peak."""
     pairs_per_step: int = 4
     """Comparisons per optimizer step; each is shown in both orders in the same step."""
+    label_weight: float = 0.2
+    """Share of the likelihood of single labels in the loss; the rest looks at both orders of a comparison together. 1
+    is the published recipe."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.label_weight <= 1:
+            raise ConfigError(f"label_weight is {self.label_weight}; it must be above 0 and at most 1 (0.2 is usual)")
 
 
 def preference_model(
@@ -58,6 +67,8 @@ def preference_model(
     def batch_of(step: int) -> Batch:
         rows = rows_of_step(data, step, config.pairs_per_step, epochs=config.epochs, seed=seed)
         # Both orders in one step, so that no place is favoured; shown one a step, a model stays at chance for long.
+        if config.label_weight < 1:
+            return both_orders(rows, renderer)
         return Batch([renderer.datum(each) for row in rows for each in (row, row.swapped())])
 
     def evaluate() -> dict[str, float]:
@@ -75,12 +86,42 @@ def preference_model(
         run=run,
         evaluate=evaluate,
         eval_every_steps=config.eval_every_steps,
+        loss="both_orders" if config.label_weight < 1 else "cross_entropy",
+        settings={"label_weight": config.label_weight} if config.label_weight < 1 else {},
         measure=label_metrics,
     )
 
 
+def both_orders(rows: Sequence[Comparison], renderer: ComparisonRenderer) -> Batch:
+    """Every comparison in both orders, each with its label and with another one: a pair. The tokens that the four share
+    are computed once, so that the other label costs nothing."""
+    data: list[Datum] = []
+    for row in rows:
+        for shown in (row, row.swapped()):
+            other: Label = "B" if shown.label == "A" else "A"
+            data += [renderer.datum(shown), renderer.datum(replace(shown, label=other))]
+    pairs = [(i, i + 1) for i in range(0, len(data), 2)]
+    streams = {
+        "comparisons": [float(i // 2) for i in range(len(pairs))],
+        "decided": [float(row.label != "Tie") for row in rows for _ in range(2)],
+    }
+    return Batch(data, pairs, pair_streams=streams, together=[(i, i + 2) for i in range(0, len(data), 4)])
+
+
 def label_metrics(batch: Batch, result: StepResult) -> dict[str, float]:
-    """Besides those of likelihood, the share of the labels that had more than half of the probability before they were
-    learned."""
-    accuracy = statistics.fmean(row[-1] > math.log(0.5) for row in result.logprobs)
-    return {**likelihood_metrics(batch, result), "accuracy": accuracy}
+    """Before they were learned: likelihood of the labels, and the share of them that had more than half of the
+    probability."""
+    found = likelihood_metrics(batch, result)
+    if not batch.pairs:
+        return {**found, "accuracy": statistics.fmean(row[-1] > math.log(0.5) for row in result.logprobs)}
+    shown = [batch.data[chosen] for chosen, _ in batch.pairs]
+    return {
+        **found,
+        "train_mean_nll": result.metrics["label_nll"],
+        "accuracy": result.metrics["accuracy"],
+        "accuracy_both": result.metrics["accuracy_both"],
+        # The other label of each is no sequence of its own.
+        "num_sequences": len(shown),
+        "num_tokens": sum(len(datum.tokens) for datum in shown),
+        "num_loss_tokens": len(shown),
+    }

@@ -175,6 +175,6 @@ def likelihood_metrics(batch: Batch, result: StepResult) -> dict[str, float]:
     """What a step by likelihood tells besides."""
     return {
         "train_mean_nll": result.loss,
-        "entropy": result.metrics.get("entropy", 0.0),
+        **{name: value for name, value in result.metrics.items() if name == "entropy"},  # a service tells none
         "num_loss_tokens": sum(sum(weight != 0 for weight in datum.weights) for datum in batch.data),
     }

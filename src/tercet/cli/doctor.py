@@ -102,7 +102,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield from libraries(facts["libraries"], tested_versions())
     yield from machine(facts)
     if torch is not None:
-        yield memory(facts["memory_gib"])
+        yield memory(facts["memory_gib"], on_cpu=not torch.cuda.is_available())
     yield disk(config.out)
     yield from cache()
     yield hub(config.hub_timeout_s)
@@ -152,7 +152,7 @@ def machine(facts: Mapping[str, Any]) -> Iterator[Finding]:
     yield Finding("GPU", "; ".join(gpus) if gpus else "none; the CPU does the work")
 
 
-def memory(memory_gib: float) -> Finding:
+def memory(memory_gib: float, *, on_cpu: bool = True) -> Finding:
     """Memory against what the default run will take of it."""
     from tercet.models.memory import estimate, shape
     from tercet.recipes.rlhf import RLHFConfig
@@ -164,6 +164,8 @@ def memory(memory_gib: float) -> Finding:
         micro_batch_tokens=run.micro_batch_tokens,
         sampled_rows=min(run.max_rows, run.rl.completions_per_step),
         row_tokens=run.rl.max_prompt_length + run.rl.max_tokens,
+        dtype="float32" if on_cpu else "bfloat16",
+        on_cpu=on_cpu,
     )
     needed_gib = (needed.total + PYTHON_BYTES) / 2**30
     found = f"{memory_gib:g} GiB; the default run takes at most about {needed_gib:.1f}"

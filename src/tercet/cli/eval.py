@@ -1,14 +1,16 @@
-"""`tercet eval`: who wins, and how good the judge is."""
+"""`tercet eval`: who wins, and how good the judge is; or answers for another tool to judge."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tercet.cli.closing import say
 from tercet.config import parse
 from tercet.errors import UsageError
+from tercet.recipes.exporting import export_answers
 from tercet.recipes.measure import MeasureConfig, measure
 from tercet.recipes.rl import as_json
 from tercet.runs.durable import write_atomically
@@ -17,6 +19,11 @@ from tercet.runs.durable import write_atomically
 def main(argv: list[str]) -> int:
     """Run the verb."""
     config = parse(MeasureConfig, argv, prog="tercet eval")
+    if config.export is not None:
+        if config.first_judge is not None or config.held_out_judge is not None:
+            raise UsageError(f"{config.export} judges by itself; leave the judge away, or --export")
+        print(export_answers(replace(config, policy=config.policy or config.run), say=say))
+        return 0
     if config.out is not None and config.out.exists():
         raise UsageError(f"{config.out} exists, and nothing is overwritten; name another file with --out")
     found = measure(config, say=say)
@@ -30,9 +37,9 @@ def main(argv: list[str]) -> int:
 def _show(found: dict[str, Any]) -> None:
     """Tables, narrow enough for 80 columns."""
     judges = found.get("judges", {})
-    _table("Win rates", ("", "judge", "win rate", "stderr", "95% interval", "prompts"), [
+    _table("Win rates", ("", "judge", "win rate", "stderr", "95% interval", "equal length", "prompts"), [
         (f"{row['policy']} against {row['against']}", row["judge"], _share(row["win_rate"]), _share(row["stderr"]),
-         f"{_share(row['low'])} to {_share(row['high'])}", str(row["n"]))
+         f"{_share(row['low'])} to {_share(row['high'])}", _share(row.get("lc_win_rate", math.nan)), str(row["n"]))
         for row in found.get("win_rates", [])
     ])  # fmt: skip
     _table("Policies", ("", "tokens", "truncated", "entropy (nats)", "KL to baseline (nats)"), [

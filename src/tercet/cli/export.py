@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -36,8 +37,14 @@ def main(argv: list[str]) -> int:
     if weights is None:
         raise UsageError("the base has learned nothing that could be exported; give the folder of a run")
     from tercet.models.adapters import is_adapter
-    from tercet.models.export import export_adapter, export_classifier, export_merged, has_head
+    from tercet.models.export import SERVICE_FILE, export_adapter, export_classifier, export_merged, has_head
 
+    if (weights.path / SERVICE_FILE).is_file():
+        kept = json.loads((weights.path / SERVICE_FILE).read_text())["sampler"]
+        raise UsageError(
+            f"{config.run} was trained at a Tinker service, which keeps the weights as {kept}; fetch them from there. "
+            "Those of a tercet serve lie in its --out, and tercet export takes that directory"
+        )
     settings = settings_at(str(weights.path))
     # PPO's policy may have a head too, its critic's, which is of no use without the run.
     scores = is_adapter(weights.path) and has_head(weights.path) and "ppo_epochs" not in settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from tercet.cli.closing import say
 from tercet.config import parse
 from tercet.errors import ConfigError, UsageError
-from tercet.recipes.session import MachineConfig, SetupConfig, open_session
+from tercet.recipes.session import MachineConfig, SetupConfig, local_engine
 from tercet.server.served import Limits, Served
 
 
@@ -87,7 +87,7 @@ def open_served(config: ServeConfig) -> Served:
                 f"alias {alias!r} means {target}, but this server serves {config.model}; start another one"
             )
         aliases.append(name)
-    engine = open_session(setup, say).engine
+    engine = local_engine(setup)
     loaded = engine.loaded
     return Served(
         engine=engine,

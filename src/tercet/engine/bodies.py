@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from tercet.engine import step
 from tercet.engine.base import Sampler
+from tercet.engine.budgets import Budgets
 from tercet.engine.divergence import divergences
 from tercet.engine.likeliest import top_logprobs
 from tercet.engine.outputs import Body
-from tercet.engine.sampler import MAX_ROWS, generate
+from tercet.engine.sampler import generate
 from tercet.errors import CheckpointError, EngineError, TrainingError
 from tercet.types import (
     AdamParams,
@@ -41,18 +42,6 @@ Result = TypeVar("Result")
 OPTIMIZER_FILE = "optimizer.safetensors"
 GENERATOR_FILE = "generator.safetensors"
 HEAD_PARAMETER = "score.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budgets:
-    """How much is computed at once."""
-
-    micro_batch_tokens: int = 2048
-    """Tokens, after merging prefixes, of one pass with gradient."""
-    score_tokens: int = 4096
-    """The same without gradient."""
-    max_rows: int = MAX_ROWS
-    """Completions decoded side by side."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +95,13 @@ class BodySampler:
                 if start > len(tokens):
                     raise EngineError(f"sequence {i} has {len(tokens)} tokens; its log-probs cannot start at {start}")
                 data.append(Datum(tokens, [0.0] * start + [1.0] * (len(tokens) - start)))
-            budget = self.budgets.score_tokens
-            out = step.forward(self.body(), Batch(data), max_tokens=budget, temperature=temperature)
+            body, batch = self.body(), Batch(data)
+            out = scored(
+                self.budgets,
+                body,
+                batch,
+                lambda tokens: step.forward(body, batch, max_tokens=tokens, temperature=temperature),
+            )
             return [row[start:] for row, start in zip(out.logprobs, begins, strict=True)]
 
         return done(work)
@@ -116,8 +110,17 @@ class BodySampler:
         self, sequences: Sequence[Sequence[int]], k: int, starts: Sequence[int] | None = None, temperature: float = 1.0
     ) -> Future[list[TopLogprobs]]:
         """See `Sampler`."""
-        budget = self.budgets.score_tokens
-        return done(lambda: top_logprobs(self.body(), sequences, k, starts, temperature=temperature, max_tokens=budget))
+
+        def work() -> list[TopLogprobs]:
+            body, batch = self.body(), unweighted(sequences)
+            return scored(
+                self.budgets,
+                body,
+                batch,
+                lambda tokens: top_logprobs(body, sequences, k, starts, temperature=temperature, max_tokens=tokens),
+            )
+
+        return done(work)
 
     def divergences(
         self, other: Sampler, sequences: Sequence[Sequence[int]], starts: Sequence[int], temperature: float = 1.0
@@ -127,8 +130,14 @@ class BodySampler:
         def work() -> list[list[float]]:
             if not isinstance(other, BodySampler):
                 raise EngineError("the divergence of two samplers needs both in the memory of one engine")
-            budget = self.budgets.score_tokens
-            return divergences(self.body, other.body, sequences, starts, temperature=temperature, max_tokens=budget)
+            # Whose body it is does not matter to how sequences are split.
+            ours, theirs = self.body, other.body
+            return scored(
+                self.budgets,
+                ours(),
+                unweighted(sequences),
+                lambda tokens: divergences(ours, theirs, sequences, starts, temperature=temperature, max_tokens=tokens),
+            )
 
         return done(work)
 
@@ -149,7 +158,12 @@ class BodyScorer:
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> Future[list[float]]:
         """See `Scorer`."""
-        return done(lambda: step.scores(self.body(), sequences, max_tokens=self.budgets.score_tokens))
+
+        def work() -> list[float]:
+            body, batch = self.body(), unweighted(sequences)
+            return scored(self.budgets, body, batch, lambda tokens: step.scores(body, sequences, max_tokens=tokens))
+
+        return done(work)
 
     def fingerprint(self) -> str:
         """See `Scorer`."""
@@ -206,9 +220,25 @@ class BodyTrainer(ABC):
         """
 
         def work() -> StepResult:
-            budget = self.budgets.micro_batch_tokens
+            body = self.body()
+            # A backward pass that fails halfway has added to some parameters and not to others.
+            before = {
+                name: None if parameter.grad is None else parameter.grad.clone()
+                for name, parameter in self.parameters.items()
+            }
+
+            def undo() -> None:
+                for name, parameter in self.parameters.items():
+                    grad = before[name]
+                    parameter.grad = None if grad is None else grad.clone()
+
             try:
-                return step.forward_backward(self.body(), batch, loss, max_tokens=budget, **settings)
+                return self.budgets.within(
+                    "micro_batch_tokens",
+                    lambda tokens: step.forward_backward(body, batch, loss, max_tokens=tokens, **settings),
+                    lambda tokens: list(body.micro_batches(batch, tokens)),
+                    undo,
+                )
             except TrainingError:
                 self.optimizer.zero_grad()
                 raise
@@ -217,12 +247,19 @@ class BodyTrainer(ABC):
 
     def forward(self, batch: Batch, *, temperature: float = 1.0, values_only: bool = False) -> Future[TokenOutputs]:
         """See `Trainer`."""
-        budget = self.budgets.score_tokens
-        return done(
-            lambda: step.forward(
-                self.body(), batch, max_tokens=budget, temperature=temperature, values_only=values_only
+
+        def work() -> TokenOutputs:
+            body = self.body()
+            return scored(
+                self.budgets,
+                body,
+                batch,
+                lambda tokens: step.forward(
+                    body, batch, max_tokens=tokens, temperature=temperature, values_only=values_only
+                ),
             )
-        )
+
+        return done(work)
 
     def optim_step(self, params: AdamParams) -> Future[OptimResult]:
         """See `Trainer`.
@@ -289,6 +326,16 @@ class BodyTrainer(ABC):
             }
         self.optimizer.zero_grad()
         torch.random.set_rng_state(generator)
+
+
+def scored(budgets: Budgets, body: Body, batch: Batch, work: Callable[[int], Result]) -> Result:
+    """Do work without gradient, which gets the token budget that memory allows."""
+    return budgets.within("score_tokens", work, lambda tokens: list(body.micro_batches(batch, tokens)))
+
+
+def unweighted(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Sequences of which nothing is learned."""
+    return Batch([Datum(tokens, [0.0] * len(tokens)) for tokens in sequences])
 
 
 def new_head(width: int, head: Head, *, seed: int) -> nn.Linear:

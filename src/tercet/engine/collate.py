@@ -110,12 +110,7 @@ def micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
     Neighbours in a piece share as much prefix as can be: rows are taken in the order of their tokens. A pair or a
     single sequence above the budget is a piece of its own.
     """
-    partner: dict[int, set[int]] = {i: {i} for i in range(len(batch.data))}
-    for chosen, rejected in batch.pairs:
-        joined = partner[chosen] | partner[rejected]
-        for i in joined:
-            partner[i] = joined
-    bundles = {min(members): sorted(members) for members in map(frozenset, partner.values())}
+    bundles = _bundles(batch)
     rows = [np.asarray(datum.tokens, dtype=np.int64) for datum in batch.data]
     order = sorted(bundles, key=lambda i: rows[i].tolist())
     empty = np.empty(0, dtype=np.int64)
@@ -132,6 +127,30 @@ def micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
         tokens, last = tokens + cost, members[-1]
     if piece:
         yield piece
+
+
+def padded_micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
+    """The same for rows that are padded to the longest of their piece: rows are taken in the order of their length."""
+    bundles = _bundles(batch)
+    longest = {first: max(len(batch.data[i].tokens) for i in members) for first, members in bundles.items()}
+    piece: list[int] = []
+    for first in sorted(bundles, key=lambda i: (longest[i], i)):
+        if piece and (len(piece) + len(bundles[first])) * longest[first] > max_tokens:
+            yield piece
+            piece = []
+        piece = piece + bundles[first]
+    if piece:
+        yield piece
+
+
+def _bundles(batch: Batch) -> dict[int, list[int]]:
+    """Data that pairs tie together, by the first of them."""
+    partner: dict[int, set[int]] = {i: {i} for i in range(len(batch.data))}
+    for members in (*batch.pairs, *batch.together):
+        joined = set().union(*(partner[i] for i in members))
+        for i in joined:
+            partner[i] = joined
+    return {min(members): sorted(members) for members in map(frozenset, partner.values())}
 
 
 def _added_tokens(last: IntArray, rows: Sequence[IntArray]) -> int:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tercet.engine.collate import forest, micro_batches
-from tercet.engine.outputs import Body, forest_layout
+from tercet.engine.outputs import Body
 from tercet.models.logprobs import CHUNK_TOKENS
 from tercet.types import Batch, Datum
 
@@ -57,10 +56,9 @@ def _hidden(
 ) -> tuple[list[Tensor], nn.Module]:
     """For each sequence the hidden states that its tokens are predicted from, and the head that reads them."""
     found: dict[int, Tensor] = {}
-    for places in micro_batches(Batch([Datum(tokens, [0.0] * len(tokens)) for tokens in sequences]), max_tokens):
-        packed = forest([sequences[i] for i in places])
-        hidden = body.hidden(packed.tokens, packed.positions, forest_layout(packed, body.device))
-        for i, path in zip(places, packed.paths, strict=True):
+    for places in body.micro_batches(Batch([Datum(tokens, [0.0] * len(tokens)) for tokens in sequences]), max_tokens):
+        hidden, paths = body.states([sequences[i] for i in places])
+        for i, path in zip(places, paths, strict=True):
             found[i] = hidden[torch.from_numpy(path[starts[i] - 1 : -1]).to(body.device)]
     # Copied, as the next model may be put into the same memory.
     return [found[i] for i in range(len(sequences))], copy.deepcopy(body.head)

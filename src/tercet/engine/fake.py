@@ -21,13 +21,13 @@ from tercet.engine.bodies import (
     BodySampler,
     BodyScorer,
     BodyTrainer,
-    Budgets,
     Language,
     done,
     fingerprint,
     head_of,
     new_head,
 )  # fmt: skip
+from tercet.engine.budgets import Budgets
 from tercet.engine.outputs import Body
 from tercet.errors import CheckpointError, EngineError
 from tercet.models.tree_attention import Layout

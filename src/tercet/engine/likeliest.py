@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tercet.engine.collate import forest, micro_batches
-from tercet.engine.outputs import Body, forest_layout
+from tercet.engine.outputs import Body
 from tercet.errors import EngineError
 from tercet.models.logprobs import CHUNK_TOKENS
 from tercet.types import Batch, Datum, TopLogprobs
@@ -46,10 +45,9 @@ def top_logprobs(
     found: list[TopLogprobs] = [[] for _ in sequences]
     batch = Batch([Datum(tokens, [0.0] * len(tokens)) for tokens in sequences])
     with torch.inference_mode():
-        for places in micro_batches(batch, max_tokens):
-            packed = forest([sequences[i] for i in places])
-            hidden = body.hidden(packed.tokens, packed.positions, forest_layout(packed, body.device))
-            for i, path in zip(places, packed.paths, strict=True):
+        for places in body.micro_batches(batch, max_tokens):
+            hidden, paths = body.states([sequences[i] for i in places])
+            for i, path in zip(places, paths, strict=True):
                 asked = torch.from_numpy(path[begins[i] - 1 : -1]).to(body.device)
                 for part in torch.split(hidden[asked], CHUNK_TOKENS):
                     top = torch.log_softmax(body.head(part).float() / divisor, -1).topk(min(k, vocabulary))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,19 +24,20 @@ from tercet.engine.bodies import (
     BodySampler,
     BodyScorer,
     BodyTrainer,
-    Budgets,
     Language,
     done,
     fingerprint,
     head_of,
     new_head,
 )  # fmt: skip
+from tercet.engine.budgets import Budgets
 from tercet.engine.outputs import Body
 from tercet.engine.sampler import MAX_ROWS
 from tercet.errors import CheckpointError, EngineError
 from tercet.models import adapters
 from tercet.models.load import LoadedModel
 from tercet.models.lora_linear import fuse
+from tercet.models.padded import OwnHead
 from tercet.models.quiet import quiet
 from tercet.types import Head, LoraConfig, Weights
 
@@ -154,10 +156,13 @@ class LocalEngine:
             raise EngineError(f"{name} have no head to score with: they are a policy's, not a reward model's")
         return BodyScorer(lambda: self.work_body(frozen), frozen.all_tensors(), self.budgets)
 
-    def body(self, model: nn.Module, value_head: nn.Linear | None = None) -> Body:
+    def body(self, model: PreTrainedModel, value_head: nn.Linear | None = None) -> Body:
         """The parts of a model of the base's architecture."""
-        trunk, head = getattr(model, self.model.base_model_prefix), model.get_output_embeddings()  # type: ignore[operator]
-        return Body(trunk, head, self._device(), self.context_tokens, value_head)
+        trunk: nn.Module = getattr(model, self.model.base_model_prefix)
+        untyped: Any = model
+        head = untyped.get_output_embeddings() if self.loaded.plain_head else OwnHead(model)
+        whole = None if self.loaded.why_no_tree is None else model
+        return Body(trunk, head, self._device(), self.context_tokens, value_head, whole)
 
     def work_body(self, frozen: Frozen) -> Body:
         """The work copy, holding the given weights."""

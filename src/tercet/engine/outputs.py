@@ -1,21 +1,27 @@
-"""What a model says of sequences: log-probs, entropies, values and scores, every shared prefix computed once."""
+"""What a model says of sequences: log-probs, entropies, values and scores.
+
+Every shared prefix is computed once where the model takes a packed forest; otherwise rows are padded on the right.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from tercet.engine.collate import Forest, IntArray, forest
+from tercet.engine.collate import Forest, IntArray, forest, micro_batches, padded_micro_batches
 from tercet.models.frozen_llama import frozen_llama
 from tercet.models.logprobs import token_logprobs
+from tercet.models.padded import OwnHead, padded_hidden
 from tercet.models.tree_attention import ForestLayout, Layout, span
+from tercet.types import Batch
 
 # Attention is computed in spans of about this many tokens: fewer calls than one a branch, little masked-out work.
-SPAN_TOKENS = 256
+SPAN_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,26 @@ class Body:
     """A causal language model's parts: tokens -> hidden states, hidden states -> logits, and perhaps -> a number."""
 
     trunk: nn.Module
-    head: nn.Linear
+    head: nn.Linear | OwnHead
     device: torch.device
     context_tokens: int
     value_head: nn.Linear | None = None
+    whole: PreTrainedModel | None = None
+    """The model itself, when it takes no packed forest."""
+
+    def micro_batches(self, batch: Batch, max_tokens: int) -> Iterator[list[int]]:
+        """Indices of a batch's data in pieces of at most `max_tokens` tokens as they are computed, pairs together."""
+        return (micro_batches if self.whole is None else padded_micro_batches)(batch, max_tokens)
+
+    def states(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Sequence[IntArray]]:
+        """Last hidden states (T, D) of sequences, and for each where those of its tokens are."""
+        if self.whole is None:
+            packed = forest(sequences)
+            return self.hidden(packed.tokens, packed.positions, forest_layout(packed, self.device)), packed.paths
+        hidden = padded_hidden(self.trunk, sequences, self.device)
+        starts = range(0, len(sequences) * hidden.shape[1], hidden.shape[1])
+        places = [start + np.arange(len(tokens)) for start, tokens in zip(starts, sequences, strict=True)]
+        return hidden.flatten(0, 1), places
 
     def hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
         """Last hidden states (T, D) of one packed row (T,)."""
@@ -81,9 +103,8 @@ def outputs(
     whole = "scores" in kinds
     # Nothing is predicted from a sequence's last token, so unless it is scored it is not computed: both labels of a
     # pair become one path.
-    packed = forest([tokens if whole or len(tokens) == 1 else tokens[:-1] for tokens in sequences])
-    hidden = body.hidden(packed.tokens, packed.positions, forest_layout(packed, body.device))
-    sources = _indices([path[t - 1] for path, t in zip(packed.paths, wanted, strict=True)]).to(body.device)
+    hidden, paths = body.states([tokens if whole or len(tokens) == 1 else tokens[:-1] for tokens in sequences])
+    sources = _indices([path[t - 1] for path, t in zip(paths, wanted, strict=True)]).to(body.device)
     said: dict[str, Tensor] = {}
     if "logprobs" in kinds or "entropies" in kinds:
         targets = [np.asarray(tokens, dtype=np.int64)[t] for tokens, t in zip(sequences, wanted, strict=True)]
@@ -97,7 +118,7 @@ def outputs(
     if "values" in kinds:
         said["values"] = body.values(hidden[sources])
     if whole:
-        said["scores"] = body.values(hidden[torch.tensor([int(path[-1]) for path in packed.paths]).to(body.device)])
+        said["scores"] = body.values(hidden[torch.tensor([int(path[-1]) for path in paths]).to(body.device)])
     return said
 
 

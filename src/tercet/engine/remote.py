@@ -6,12 +6,16 @@ is a small file that names them.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import importlib.util
 import json
 import math
+import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +23,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from tercet.engine.base import Sampler
 from tercet.engine.bodies import Language
-from tercet.errors import CheckpointError, EngineError
+from tercet.engine.step import from_logprobs
+from tercet.errors import CheckpointError, EngineError, UsageError
 from tercet.losses import LOSSES
+from tercet.models.export import SERVICE_FILE
 from tercet.types import (
     AdamParams,
     Batch,
@@ -39,7 +46,6 @@ from tercet.types import (
 )  # fmt: skip
 
 Result = TypeVar("Result")
-WEIGHTS_FILE = "tinker.json"
 ALPHA = 32.0
 # What the service learns by itself: our setting -> its own, and how the value is said there. These losses are
 # proportional to the advantage, so that a weight and a mean can be sent as a larger or smaller advantage.
@@ -65,7 +71,7 @@ class Note:
     def write(self, directory: Path) -> None:
         """Into the directory."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / WEIGHTS_FILE).write_text(json.dumps(vars(self)))
+        (directory / SERVICE_FILE).write_text(json.dumps(vars(self)))
 
     @classmethod
     def read(cls, weights: Weights) -> Note:
@@ -75,7 +81,7 @@ class Note:
             CheckpointError: It names no weights of a service.
         """
         try:
-            return cls(**json.loads((weights.path / WEIGHTS_FILE).read_text()))
+            return cls(**json.loads((weights.path / SERVICE_FILE).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{weights.path} names no weights of a Tinker service: {error}") from error
 
@@ -94,6 +100,49 @@ class RemoteEngine:
         """
         self.client, self.model, self.language, self.context_tokens = client, model, language, context_tokens
         self.waiting = ThreadPoolExecutor(4, "remote")
+
+    @classmethod
+    def connect(cls, model: str, language: Language, *, context_tokens: int) -> RemoteEngine:
+        """Begin a session with the service that TINKER_BASE_URL and TINKER_API_KEY lead to; it ends with the process.
+
+        Args:
+            model: See above.
+            language: See above.
+            context_tokens: For a service that does not tell how much the model reads.
+
+        Raises:
+            UsageError: The SDK or a key is missing.
+            EngineError: The service cannot be reached, or has no such model.
+        """
+        if importlib.util.find_spec("tinker") is None:
+            raise UsageError("engine tinker needs the tinker SDK: pip install 'tercet[tinker]'")
+        if not os.environ.get("TINKER_API_KEY"):
+            raise UsageError(
+                "engine tinker needs TINKER_API_KEY, and TINKER_BASE_URL for another service than the hosted one; "
+                "tercet serve says both when it starts"
+            )
+        import tinker
+
+        with told():
+            offered = {
+                each.model_name: each
+                for each in tinker.RestClient().get_server_capabilities().result().supported_models
+            }
+            if model not in offered:
+                raise EngineError(f"the service has no model {model!r}; it has {', '.join(sorted(map(str, offered)))}")
+            client = tinker.ServiceClient()
+        engine = cls(client, model, language, context_tokens=int(offered[model].max_context_length or context_tokens))
+        atexit.register(engine.close)
+        return engine
+
+    def close(self) -> None:
+        """Tell the service that nothing more comes, so that it lets go of what was trained in this session."""
+        with suppress(Exception):  # a service that is gone has let go
+            self.client.close("success").result(timeout=5)
+
+    def has_head(self, weights: Weights) -> bool:
+        """Whether saved weights score; never."""
+        return False
 
     def trainer(
         self,
@@ -114,20 +163,22 @@ class RemoteEngine:
             )
         if init is not None:
             note = Note.read(init)
-            return RemoteTrainer(self, self.client.create_training_client_from_state(note.state).result(), note)
+            with told():
+                return RemoteTrainer(self, self.client.create_training_client_from_state(note.state).result(), note)
         if lora is None or lora.alpha != ALPHA or lora.targets != ("all-linear",):
             raise EngineError(f"a Tinker service trains adapters of alpha {ALPHA:g} on all layers; got {lora}")
-        made = self.client.create_lora_training_client(base_model=self.model, rank=lora.rank, seed=seed)
-        return RemoteTrainer(self, made.result(), None)
+        with told():
+            made = self.client.create_lora_training_client(base_model=self.model, rank=lora.rank, seed=seed).result()
+        return RemoteTrainer(self, made, None)
 
     def sampler(self, weights: Weights | None = None) -> RemoteSampler:
         """See `Engine`."""
-        if weights is None:
-            return RemoteSampler(self, self.client.create_sampling_client(base_model=self.model).result(), "base")
-        note = Note.read(weights)
-        return RemoteSampler(
-            self, self.client.create_sampling_client(model_path=note.sampler).result(), note.fingerprint
-        )
+        note = None if weights is None else Note.read(weights)
+        with told():
+            if note is None:
+                return RemoteSampler(self, self.client.create_sampling_client(base_model=self.model).result(), "base")
+            made = self.client.create_sampling_client(model_path=note.sampler).result()
+        return RemoteSampler(self, made, note.fingerprint)
 
     def scorer(self, weights: Weights) -> Any:
         """See `Engine`; there is none."""
@@ -135,7 +186,12 @@ class RemoteEngine:
 
     def later(self, work: Callable[[], Result]) -> Future[Result]:
         """Wait for the service's answers in the background."""
-        return self.waiting.submit(work)
+
+        def waited() -> Result:
+            with told():
+                return work()
+
+        return self.waiting.submit(waited)
 
 
 class RemoteSampler:
@@ -193,6 +249,12 @@ class RemoteSampler:
             ]
         )
 
+    def divergences(
+        self, other: Sampler, sequences: Sequence[Sequence[int]], starts: Sequence[int], temperature: float = 1.0
+    ) -> Future[list[list[float]]]:
+        """See `Sampler`; a service gives the likeliest tokens, never a whole distribution."""
+        raise EngineError("a Tinker service tells no whole distributions, which an exact divergence needs")
+
     def fingerprint(self) -> str:
         """See `Sampler`; it is of the name of the weights, which a service never gives twice."""
         return self._fingerprint
@@ -236,13 +298,17 @@ class RemoteTrainer:
     def forward_backward(self, batch: Batch, loss: str, **settings: float) -> Future[StepResult]:
         """See `Trainer`; the service learns by the losses of `LEARNED`, at temperature 1.
 
+        Other losses are worked out here from its log-probs, whose gradient it then carries into the weights: two
+        passes. They are exact too.
+
         Raises:
-            EngineError: Another loss, setting or temperature is asked for, or a stream is missing.
+            EngineError: The loss reads more than log-probs, or another setting or temperature is asked for, or a
+                stream is missing.
         """
-        if loss not in LEARNED:
-            raise EngineError(f"a Tinker service does not learn by {loss!r}; through it {', '.join(LEARNED)} are")
         if settings.pop("temperature", 1.0) != 1.0:
             raise EngineError("a Tinker service learns at temperature 1; sample at 1 too")
+        if loss not in LEARNED:
+            return self._learn_here(batch, loss, settings)
         unknown = settings.keys() - LEARNED[loss].keys()
         if unknown:
             raise EngineError(f"the loss {loss} has no setting {min(unknown)!r} through a Tinker service")
@@ -254,6 +320,29 @@ class RemoteTrainer:
         total = sum(datum.weight for datum in batch.data) or 1.0
         asked = self.client.forward_backward([_sent(datum, total) for datum in batch.data], loss, config or None)
         return self.engine.later(lambda: _learned(batch, loss, settings, asked.result()))
+
+    def _learn_here(self, batch: Batch, loss: str, settings: Mapping[str, float]) -> Future[StepResult]:
+        wanted = [np.flatnonzero(np.asarray(datum.weights)) for datum in batch.data]
+        if any(0 in places for places in wanted):
+            raise EngineError("a first token has a weight, and nothing before it that could predict it")
+        # What is wrong with the batch is said before anything is sent.
+        from_logprobs(batch, loss, -torch.ones(sum(map(len, wanted))), **settings)
+        found: list[StepResult] = []
+
+        def own(data: Any, logprobs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+            flat = torch.cat([row[places - 1] for row, places in zip(logprobs, wanted, strict=True)])
+            objective, result = from_logprobs(batch, loss, flat, **settings)
+            found.append(result)
+            # So that a row which nothing is learned from has a gradient too; the SDK insists.
+            return objective + 0.0 * sum(row.sum() for row in logprobs), {}
+
+        asked = self.client.forward_backward_custom([_sent(datum, 1.0) for datum in batch.data], own)
+
+        def work() -> StepResult:
+            asked.result()
+            return found[0]
+
+        return self.engine.later(work)
 
     def optim_step(self, params: AdamParams) -> Future[OptimResult]:
         """See `Trainer`; the norm is not a number where the service does not tell it."""
@@ -287,7 +376,8 @@ class RemoteTrainer:
 
     def sampler(self) -> RemoteSampler:
         """See `Trainer`."""
-        made = self.client.save_weights_and_get_sampling_client().result()
+        with told():
+            made = self.client.save_weights_and_get_sampling_client().result()
         return RemoteSampler(self.engine, made, self.fingerprint())
 
     def scorer(self) -> Any:
@@ -316,7 +406,9 @@ class RemoteTrainer:
         future: Future[None] = Future()
         try:
             note = Note.read(weights)
-            self.client = self.engine.client.create_training_client_from_state_with_optimizer(note.state).result()
+            with told():
+                made = self.engine.client.create_training_client_from_state_with_optimizer(note.state).result()
+            self.client = made
             self._named, self._steps = note.fingerprint, 0
             future.set_result(None)
         except Exception as error:
@@ -327,8 +419,20 @@ class RemoteTrainer:
         """See `Trainer`; the service lets go when the session ends."""
 
 
+@contextmanager
+def told() -> Iterator[None]:
+    """What the service or the way to it has against a request, as an error of ours."""
+    import tinker
+
+    try:
+        yield
+    except tinker.TinkerError as error:
+        raise EngineError(f"the Tinker service refused or could not be reached: {error}") from error
+
+
 def _seed(seed: int, prompt: int) -> int:
-    return int(np.random.SeedSequence([seed, prompt]).generate_state(1)[0])
+    # The first prompt keeps its seed: `tercet serve` then draws for it what the local engine does.
+    return seed if prompt == 0 else int(np.random.SeedSequence([seed, prompt]).generate_state(1)[0])
 
 
 def _input(tokens: Sequence[int]) -> Any:

@@ -14,6 +14,7 @@ from tercet.engine.collate import IntArray, forest
 from tercet.engine.draw import draw, uniforms
 from tercet.engine.kv_cache import Decode, KeyValueCache, Prefill
 from tercet.engine.outputs import Body, forest_layout
+from tercet.engine.padded import generate_padded
 from tercet.errors import EngineError
 from tercet.models.frozen_llama import frozen_llama
 from tercet.models.tree_attention import Layout
@@ -100,6 +101,8 @@ def generate(
     )
     rows = min(max_rows, len(prompts) * n)
     origins = [(params.seed, i) if seeds is None else (seeds[i], 0) for i in range(len(prompts))]
+    if body.whole is not None:
+        return generate_padded(body.whole, prompts, params, n, origins=origins, ends=stops.reason, max_rows=rows)
     waiting = deque((i, range(at, min(at + rows, n))) for i in range(len(prompts)) for at in range(0, n, rows))
     done: list[list[Completion | None]] = [[None] * n for _ in prompts]
     with torch.inference_mode():

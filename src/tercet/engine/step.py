@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tercet.engine.collate import IntArray, micro_batches
+from tercet.engine.collate import IntArray
 from tercet.engine.outputs import Body, outputs
 from tercet.errors import EngineError, TrainingError
 from tercet.losses import LOSSES, Loss
@@ -54,7 +54,9 @@ def forward_backward(
     """
     _check_tokens(body, batch)
     loss = _checked_loss(loss_name, body, batch, settings)
-    pieces = [each for each in _pieces(batch, max_tokens) if loss.per != "token" or sum(map(len, each.wanted)) > 0]
+    pieces = [
+        each for each in _pieces(body, batch, max_tokens) if loss.per != "token" or sum(map(len, each.wanted)) > 0
+    ]
     step = _Step(loss_name, body, batch, settings, temperature)
     if loss.separable or len(pieces) <= 1:
         for piece in pieces:
@@ -88,8 +90,11 @@ def forward_backward(
 class _Step:
     """One batch under one loss, and what has been found so far."""
 
-    def __init__(self, name: str, body: Body, batch: Batch, settings: Mapping[str, float], temperature: float) -> None:
+    def __init__(
+        self, name: str, body: Body | None, batch: Batch, settings: Mapping[str, float], temperature: float = 1.0
+    ) -> None:
         self.name, self.body, self.batch, self.settings, self.temperature = name, body, batch, settings, temperature
+        self.device = torch.device("cpu") if body is None else body.device
         self.loss = loss = LOSSES[name]
         self.reads_logprobs = bool({"logprobs", "entropies"} & set(loss.inputs))
         self.normaliser = _normaliser(loss, batch)
@@ -99,6 +104,7 @@ class _Step:
 
     def said(self, piece: _Piece) -> dict[str, Tensor]:
         """What the model says of a piece, flat."""
+        assert self.body is not None
         return outputs(
             self.body,
             [datum.tokens for datum in piece.data],
@@ -118,7 +124,7 @@ class _Step:
                 found[name] = said[name]
             elif name == "lengths":
                 lengths = [datum.weight for datum in piece.data]
-                found[name] = torch.tensor(lengths, dtype=torch.float32, device=self.body.device)
+                found[name] = torch.tensor(lengths, dtype=torch.float32, device=self.device)
             else:
                 padded = _padded(said[name], piece.wanted)
                 weights = _padded_stream([datum.weights for datum in piece.data], piece.wanted, padded.device)
@@ -127,7 +133,7 @@ class _Step:
 
     def objective(self, fed: Mapping[str, Tensor], places: Sequence[int], pairs: Sequence[int]) -> Tensor:
         """The part of the normalised loss that these rows and pairs contribute; noted with its metrics."""
-        loss, batch, device = self.loss, self.batch, self.body.device
+        loss, batch, device = self.loss, self.batch, self.device
         data = [batch.data[place] for place in places]
         inputs = [fed[name] for name in loss.inputs]
         wanted = [np.flatnonzero(np.asarray(datum.weights)) for datum in data]
@@ -181,6 +187,30 @@ class _Step:
         return StepResult(self.total, means, self.logprobs)
 
 
+def from_logprobs(batch: Batch, loss_name: str, logprobs: Tensor, **settings: float) -> tuple[Tensor, StepResult]:
+    """The normalised loss of log-probs that a model elsewhere has given.
+
+    Args:
+        batch: What is learned.
+        loss_name: A key of `LOSSES`, which reads log-probs only.
+        logprobs: One for every weight that is not 0, in their order; the loss can be taken back to them.
+        settings: Passed to the loss.
+
+    Raises:
+        EngineError: As for `forward_backward`; the loss reads more than log-probs.
+        TrainingError: The loss is not finite.
+    """
+    loss = _checked_loss(loss_name, None, batch, settings)
+    if not set(loss.inputs) <= {"logprobs", "lengths"}:
+        raise EngineError(f"the loss {loss_name} reads {', '.join(loss.inputs)}, and only log-probs are known here")
+    wanted = [np.flatnonzero(np.asarray(datum.weights)) for datum in batch.data]
+    whole = _Piece(list(range(len(batch.data))), list(batch.data), wanted, list(range(len(batch.pairs))))
+    step = _Step(loss_name, None, batch, settings)
+    objective = step.objective(step.fed(whole, {"logprobs": logprobs}), whole.places, whole.pairs)
+    _scatter(step.logprobs, whole, logprobs)
+    return objective, step.result()
+
+
 def forward(
     body: Body, batch: Batch, *, max_tokens: int, temperature: float = 1.0, values_only: bool = False
 ) -> TokenOutputs:
@@ -197,7 +227,7 @@ def forward(
     kinds += [] if values_only else ["logprobs", "entropies"]
     found = {kind: [[0.0] * len(datum.tokens) for datum in batch.data] for kind in kinds}
     with torch.inference_mode():
-        for piece in _pieces(batch, max_tokens):
+        for piece in _pieces(body, batch, max_tokens):
             if sum(map(len, piece.wanted)):
                 said = outputs(
                     body, [datum.tokens for datum in piece.data], piece.wanted, kinds, temperature=temperature
@@ -219,18 +249,18 @@ def scores(body: Body, sequences: Sequence[Sequence[int]], *, max_tokens: int) -
     _check_tokens(body, batch)
     found = [0.0] * len(sequences)
     with torch.inference_mode():
-        for piece in _pieces(batch, max_tokens):
+        for piece in _pieces(body, batch, max_tokens):
             said = outputs(body, [datum.tokens for datum in piece.data], piece.wanted, ["scores"])
             for place, score in zip(piece.places, said["scores"].tolist(), strict=True):
                 found[place] = score
     return found
 
 
-def _pieces(batch: Batch, max_tokens: int) -> Iterator[_Piece]:
+def _pieces(body: Body, batch: Batch, max_tokens: int) -> Iterator[_Piece]:
     home: dict[int, list[int]] = {}
     for i, (chosen, _) in enumerate(batch.pairs):
         home.setdefault(chosen, []).append(i)
-    for places in micro_batches(batch, max_tokens):
+    for places in body.micro_batches(batch, max_tokens):
         data = [batch.data[i] for i in places]
         wanted = [np.flatnonzero(np.asarray(datum.weights)) for datum in data]
         yield _Piece(places, data, wanted, [pair for i in places for pair in home.get(i, [])])
@@ -246,7 +276,7 @@ def _check_tokens(body: Body, batch: Batch) -> None:
             raise EngineError(f"datum {i} has the token {wrong}; the model knows 0 to {vocabulary - 1}")
 
 
-def _checked_loss(name: str, body: Body, batch: Batch, settings: Mapping[str, float]) -> Loss:
+def _checked_loss(name: str, body: Body | None, batch: Batch, settings: Mapping[str, float]) -> Loss:
     if name not in LOSSES:
         raise EngineError(f"there is no loss {name!r}; there are {', '.join(sorted(LOSSES))}")
     loss = LOSSES[name]
@@ -264,7 +294,7 @@ def _checked_loss(name: str, body: Body, batch: Batch, settings: Mapping[str, fl
     for stream in loss.pair_streams:
         if stream not in batch.pair_streams:
             raise EngineError(f"the loss {name} needs the pair stream {stream}, which the batch lacks")
-    if {"values", "scores"} & set(loss.inputs) and body.value_head is None:
+    if {"values", "scores"} & set(loss.inputs) and (body is None or body.value_head is None):
         raise EngineError(f"the loss {name} needs a head, which these weights lack; make the trainer with head=Head()")
     return loss
 

@@ -22,6 +22,8 @@ class WinRate:
     """Mean preference in [-1, 1], which also says by how much."""
     consistent: float = 1.0
     """Share of the prompts with unequal answers on which both orders give the same verdict."""
+    scores: tuple[float, ...] = ()
+    """For each prompt 1 (the policy's answer is better), 0, or 0.5 (a tie)."""
 
     @property
     def low(self) -> float:
@@ -62,13 +64,16 @@ def win_rate(
     shown = [Comparison(p, b, a) for p, a, b in zip(prompts, answers, baseline, strict=True)]
     different = [each for each in shown if each.a != each.b]
     margins = judge.margins([each for comparison in different for each in (comparison, comparison.swapped())])
-    ties = len(shown) - len(different)
-    scores, means = [0.5] * ties, [0.0] * ties
-    for policy_second, policy_first in zip(margins[::2], margins[1::2], strict=True):
-        means.append((policy_second - policy_first) / 2)
-        scores.append(0.5 if means[-1] == 0 else float(means[-1] > 0))
+    met = ((second - first) / 2 for second, first in zip(margins[::2], margins[1::2], strict=True))
+    means = [next(met) if each.a != each.b else 0.0 for each in shown]
+    scores = [0.5 if mean == 0 else float(mean > 0) for mean in means]
     agreeing = sum((a > 0) != (b > 0) for a, b in zip(margins[::2], margins[1::2], strict=True))
     spread = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.5
     return WinRate(
-        statistics.fmean(scores), spread, len(scores), statistics.fmean(means), agreeing / max(1, len(different))
+        statistics.fmean(scores),
+        spread,
+        len(scores),
+        statistics.fmean(means),
+        agreeing / max(1, len(different)),
+        tuple(scores),
     )

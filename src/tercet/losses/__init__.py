@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tercet.losses import direct
+from tercet.losses.both_orders import both_orders_loss
 from tercet.losses.bradley_terry import bradley_terry_loss
 from tercet.losses.direct_free import cpo_loss, orpo_loss, simpo_loss
 from tercet.losses.direct_mixture import mixture_loss
@@ -74,6 +75,7 @@ LOSSES: dict[str, Loss] = {
     "dro_sum": Loss(dro_loss, "sum", ("sampling_logprobs", "advantages")),
     "gspo_sum": Loss(gspo_loss, "sum", ("sampling_logprobs", "advantages", "sequence_ratio_mask")),
     "bradley_terry": Loss(bradley_terry_loss, "pair_mean", per="pair", inputs=("scores",), pair_streams=("margins",)),
+    "both_orders": Loss(both_orders_loss, "pair_mean", per="pair", pair_streams=("comparisons", "decided")),
     "value": Loss(clipped_value_loss, "token_mean", ("old_values", "returns"), inputs=("values",)),
     "ppo_critic": Loss(
         ppo_critic_loss,

@@ -30,6 +30,8 @@ from tercet.models.names import hub_id, resolve
 from tercet.models.quiet import quiet
 from tercet.types import LoraConfig
 
+# What stands for weights that a service keeps; see `tercet.engine.remote`.
+SERVICE_FILE = "tinker.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,12 +41,12 @@ def find_weights(directory: Path) -> Path:
     Raises:
         UsageError: There are none.
     """
-    if is_adapter(directory) or (directory / "config.json").is_file():
+    if _holds_weights(directory):
         return directory
     # Names end in the zero-padded step, so that their order is the order of the steps.
     for checkpoint in sorted((directory / "checkpoints").glob("step-[0-9]*"), reverse=True):
         for inside in [checkpoint, *sorted(path for path in checkpoint.iterdir() if path.is_dir())]:
-            if is_adapter(inside) or (inside / "config.json").is_file():
+            if _holds_weights(inside):
                 return inside
     for stage in ("rl", "sft"):
         if (directory / stage).is_dir():
@@ -52,6 +54,10 @@ def find_weights(directory: Path) -> Path:
     raise UsageError(
         f"{directory} holds no trained weights: a run with checkpoints, or a directory with {CONFIG_FILE} was wanted"
     )
+
+
+def _holds_weights(directory: Path) -> bool:
+    return is_adapter(directory) or any((directory / name).is_file() for name in ("config.json", SERVICE_FILE))
 
 
 def export_adapter(source: Path, out: Path, *, keep_head: bool = True) -> Path:

@@ -1,4 +1,4 @@
-"""A Hugging Face model made ready: frozen, without dropout, with tercet's attention."""
+"""A Hugging Face model made ready: frozen, without dropout, with tercet's attention where it takes that."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tercet.errors import ModelError
 from tercet.models import tree_attention
 from tercet.models.names import resolve
+from tercet.models.padded import has_plain_head
 from tercet.models.quiet import quiet
-from tercet.models.takes_tree import context_tokens, require_tree
+from tercet.models.takes_tree import context_tokens, require_rows, why_no_tree
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DROPOUT = re.compile(r"drop(out|path)?(_prob|_rate)?$|pdrop$")
@@ -31,6 +32,10 @@ class LoadedModel:
     tokenizer: Tokenizer
     name: str
     path: Path
+    why_no_tree: str | None = None
+    """Why it computes right-padded rows and no packed forest, in words that follow its name; None when it does."""
+    plain_head: bool = True
+    """Whether its logits are what its linear head gives, and nothing more."""
 
     @property
     def context_tokens(self) -> int:
@@ -51,13 +56,26 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     Raises:
         ModelError: There is no such model, or it has no tokenizer that can be read.
     """
-    return _tokenizer(resolve(name, trust_remote_code=trust_remote_code), name, trust_remote_code)
+    return _tokenizer(resolve(name, trust_remote_code=trust_remote_code, weights=False), name, trust_remote_code)
+
+
+def load_context_tokens(name: str, *, trust_remote_code: bool = False) -> int:
+    """The longest sequence a model takes, by its config; no weights are needed.
+
+    Raises:
+        ModelError: There is no such model, or its config cannot be read.
+    """
+    path = resolve(name, trust_remote_code=trust_remote_code, weights=False)
+    return context_tokens(_config(path, name, trust_remote_code))
 
 
 def load_model(
     name: str, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
 ) -> LoadedModel:
     """The model frozen and in evaluation mode, every dropout 0, attention by `tercet.models.tree_attention`.
+
+    A model that takes no packed forest keeps transformers' eager attention, the one that every architecture has in
+    full, and is tried with right-padded rows.
 
     Args:
         name: See `resolve`.
@@ -66,22 +84,27 @@ def load_model(
         trust_remote_code: Let Python files that came with the model run.
 
     Raises:
-        ModelError: The model is not there, not whole, or takes no packed forest; or there is no such device.
+        ModelError: The model is not there, not whole, or cannot compute sequences side by side; or there is no such
+            device.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     place = _device(device)
     path = resolve(name, trust_remote_code=trust_remote_code)
     config = _config(path, name, trust_remote_code)
-    require_tree(config, name)
+    own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    no_tree = why_no_tree(config, own_code=own_code)
+    if no_tree is not None:
+        require_rows(config, name)
     tokenizer = _tokenizer(path, name, trust_remote_code)
     _no_dropout_config(config)
     try:
         with quiet():
             load: Any = AutoModelForCausalLM.from_pretrained
             model, info = load(
-                path, config=config, dtype=DTYPES[dtype], attn_implementation=tree_attention.NAME, use_safetensors=True,
-                local_files_only=True, trust_remote_code=trust_remote_code, output_loading_info=True,
+                path, config=config, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True,
+                attn_implementation=tree_attention.NAME if no_tree is None else "eager",
+                trust_remote_code=trust_remote_code, output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"{name} could not be loaded from {path}: {error}") from error
@@ -95,7 +118,9 @@ def load_model(
     _no_dropout(model)
     model.requires_grad_(False)
     model.eval()
-    return LoadedModel(model.to(place), tokenizer, name, path)
+    model = model.to(place)
+    plain_head = no_tree is None or has_plain_head(model, name)
+    return LoadedModel(model, tokenizer, name, path, no_tree, plain_head)
 
 
 def _device(device: str) -> torch.device:

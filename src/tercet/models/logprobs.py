@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tercet.models.padded import OwnHead
+
 # 256 rows of a 50,000-token vocabulary are 50 MB in float32: enough for full matmul speed, small beside any model.
 CHUNK_TOKENS = 256
 
@@ -16,7 +18,7 @@ CHUNK_TOKENS = 256
 def token_logprobs(
     hidden: Float[Tensor, "N D"],
     targets: Int[Tensor, " N"],
-    head: nn.Linear,
+    head: nn.Linear | OwnHead,
     temperature: float = 1.0,
     *,
     entropy_gradient: bool = False,

@@ -13,6 +13,8 @@ from tercet.errors import ModelError
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Logits are computed for this many tokens at a time: see tercet.models.logprobs.
 HEAD_TOKENS, HEAD_COPIES = 256, 3
+LAID_OUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+"""`model_type` of what `tercet.models.frozen_llama` keeps once more, laid out for the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class Shape:
     positions: int
     """Learned positions; 0 when they are rotated."""
     experts: int
+    laid_out: bool = False
+    """Whether frozen weights are kept once more in float32 on a CPU, in the blocks in which they are multiplied."""
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -57,6 +61,8 @@ class Memory:
     """The frozen base model."""
     merged: int
     """The sampler's copy of the layers that have an adapter, merged."""
+    laid_out: int
+    """The sampler's linear layers and head once more, in the blocks in which a CPU multiplies them."""
     trained: int
     """What is trained, with its gradient and the two moments of Adam, in float32."""
     activations: int
@@ -69,7 +75,8 @@ class Memory:
     @property
     def total(self) -> int:
         """The sum; training and sampling take turns, so of activations and cache only the larger counts."""
-        return self.base + self.merged + self.trained + self.head + max(self.activations, self.kv_cache)
+        kept = self.base + self.merged + self.laid_out + self.trained
+        return kept + self.head + max(self.activations, self.kv_cache)
 
     def describe(self) -> str:
         """One line, in GB, without what is nothing."""
@@ -120,6 +127,7 @@ def shape(config: Mapping[str, Any]) -> Shape:
         tied=bool(config.get("tie_word_embeddings", learned)),
         positions=get("n_positions", "max_position_embeddings") if learned else 0,
         experts=get("num_local_experts", "num_experts", default=1),
+        laid_out=config.get("model_type") in LAID_OUT,
     )
 
 
@@ -132,6 +140,7 @@ def estimate(
     micro_batch_tokens: int = 4096,
     sampled_rows: int = 0,
     row_tokens: int = 0,
+    on_cpu: bool = True,
 ) -> Memory:
     """Bytes that training and sampling take, allocator and Python aside.
 
@@ -143,6 +152,8 @@ def estimate(
         micro_batch_tokens: Tokens in one forward and backward pass, after merging.
         sampled_rows: Rows decoded at once; 0 samples nothing.
         row_tokens: Prompt and answer of such a row.
+        on_cpu: Whether it is computed there. Frozen Llama-like models are then laid out once more, by the first stage
+            that samples or scores; it is counted for every one.
     """
     size = BYTES[dtype]
     linear = model.layers * sum(i * o for i, o in model.linears)
@@ -152,6 +163,9 @@ def estimate(
     return Memory(
         base=model.parameters * size,
         merged=(linear if rank else model.parameters) * size if sampled_rows else 0,
+        laid_out=(linear + model.vocabulary * model.hidden) * size
+        if model.laid_out and on_cpu and dtype == "float32"
+        else 0,
         trained=trained * 4 * 4,
         activations=micro_batch_tokens * model.layers * _kept_per_token(model, rank) * size,
         head=HEAD_COPIES * HEAD_TOKENS * model.vocabulary * 4,

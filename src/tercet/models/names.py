@@ -13,7 +13,8 @@ from tercet.errors import ModelError
 from tercet.models import smollm2, tiny
 
 # Weights and what describes them. Pickled weights (*.bin, *.pt) can run code when read: they are never fetched.
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+WEIGHTS = "*.safetensors"
+HUB_FILES = (WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 HUB_LEFT_OUT = ("*/*", "consolidated*", "adapter_*")
 
 
@@ -36,12 +37,13 @@ BUILTIN = {
 }
 
 
-def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
+def resolve(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
     """The directory of a model; fetched into a cache first where it must be.
 
     Args:
         name: A built-in name, a local directory, or a hub id such as `Qwen/Qwen3-0.6B`; the first of these that it is.
         trust_remote_code: Fetch the model's own Python files too.
+        weights: Whether they are needed; without, neither are they fetched from the hub nor must a directory have them.
 
     Raises:
         ModelError: There is no such model, it cannot be fetched, or it is not a whole model.
@@ -50,13 +52,14 @@ def resolve(name: str, *, trust_remote_code: bool = False) -> Path:
         return checked(BUILTIN[name].make(), name)
     local = Path(name).expanduser()
     if local.is_dir():
-        return checked(local, name)
+        return checked(local, name) if weights else local
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
         raise ModelError(f"there is no directory {local}; a model is {_choices()}")
     near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.75)
     if near:
         raise ModelError(f"there is no model {name!r}; did you mean {near[0]}?")
-    return checked(_from_hub(name, trust_remote_code), name)
+    found = _from_hub(name, trust_remote_code, weights)
+    return checked(found, name) if weights else found
 
 
 def checked(directory: Path, name: str) -> Path:
@@ -103,10 +106,10 @@ def hub_id(name: str) -> str | None:
     return name if re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) else None
 
 
-def _from_hub(name: str, trust_remote_code: bool) -> Path:
+def _from_hub(name: str, trust_remote_code: bool, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    files = [*HUB_FILES, "*.py"] if trust_remote_code else list(HUB_FILES)
+    files = [each for each in HUB_FILES if weights or each != WEIGHTS] + (["*.py"] if trust_remote_code else [])
     try:
         return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=list(HUB_LEFT_OUT)))
     except errors.GatedRepoError as error:

@@ -23,7 +23,7 @@ from tercet.types import SamplingParams
 class EvaluationConfig:
     """How policies are compared."""
 
-    prompts: int = 80
+    prompts: int = 64
     """Held-out prompts answered at the end, at most."""
     prompts_while_training: int = 24
     """Held-out prompts answered at evaluations during RL; the first of the same."""

@@ -7,6 +7,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tercet.data.groups import Sampled, turns_of
@@ -33,25 +34,40 @@ class ForeignModel:
         Raises:
             TercetError: The server fails, or answers something else.
         """
-        asked = {
-            "model": self.model,
-            "messages": turns_of(prompt),
-            "n": n,
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_tokens": max_tokens,
-            "seed": seed,
-        }
-        said = self._post(asked)
+        choices = self.complete(
+            turns_of(prompt), n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
+        )
+        return [
+            Sampled(
+                each["message"]["content"] or "", stop_reason="length" if each["finish_reason"] == "length" else "stop"
+            )
+            for each in choices
+        ]
+
+    def complete(self, messages: Sequence[Mapping[str, str]], n: int, **settings: object) -> list[dict[str, Any]]:
+        """The `choices` of a chat completion.
+
+        Args:
+            messages: Turns.
+            n: How many choices.
+            settings: Of the protocol: temperature, max_tokens, logprobs and the like.
+
+        Raises:
+            TercetError: The server fails, or answers something else.
+        """
+        said = self._post({"model": self.model, "messages": list(messages), "n": n, **settings})
         try:
-            choices = [(each["message"]["content"] or "", each.get("finish_reason")) for each in said["choices"]]
+            choices = [
+                {**each, "message": {"content": each["message"]["content"]}, "finish_reason": each.get("finish_reason")}
+                for each in said["choices"]
+            ]
         except (KeyError, TypeError) as error:
             raise TercetError(f"{self.url} answered something that is no chat completion: {str(said)[:200]}") from error
         if len(choices) != n:
             raise TercetError(
                 f"{self.url} gave {len(choices)} answers, and {n} were asked for; take a server that has n"
             )
-        return [Sampled(text, stop_reason="length" if why == "length" else "stop") for text, why in choices]
+        return choices
 
     def _post(self, asked: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tercet.algorithms.reward_model import RewardModelConfig
 from tercet.errors import ConfigError, UsageError
-from tercet.recipes.session import Session
+from tercet.recipes.session import Session, device_of
 from tercet.recipes.trained import judge_at, settings_at, weights_at
 from tercet.rewards.classifier import ClassifierReward, Gives, Reads
 from tercet.rewards.combined import WeightedSum
@@ -94,7 +94,7 @@ def reward_of(session: Session, config: RewardSourceConfig) -> WeightedSum:
                 reads=config.reads,
                 gives=config.gives,
                 trust_remote_code=session.setup.trust_remote_code,
-                device=str(session.engine.model.device),
+                device=device_of(session.setup),
             )
         )
     if config.function is not None:

@@ -46,13 +46,13 @@ class RLHFConfig(SetupConfig):
     """Folder of the run; the same command goes on where it stood."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Stage 1."""
-    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=40))
-    """Stage 2. Of the built-in comparisons 40 steps are enough; set max_steps to null to learn all of a larger set."""
+    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=38))
+    """Stage 2. Of the built-in comparisons 38 steps are enough; set max_steps to null to learn all of a larger set."""
     preference_from: Literal["sft", "base"] = "sft"
     """What the preference model is trained from; the policy of stage 1 learns to compare sooner than the base."""
     held_out_judge: float = 0.25
     """Share of the comparisons that only a second judge learns, which watches RL and is never optimised; 0 has none."""
-    judge: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(max_steps=16))
+    judge: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(max_steps=10))
     """The second judge: a scalar reward model, so that it differs in kind as well. Its comparisons are stage 2's."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """How the policy learns in stage 3, and so from what."""
@@ -74,7 +74,8 @@ class RLHFConfig(SetupConfig):
                     "max_grad_norm": None, "eval_every_steps": 20, "save_every_steps": 100, "test_rows": 256},
             "preference": {"data": "Anthropic/hh-rlhf", "pairs_per_step": 128, "learning_rate": 3e-4,
                            "max_length": 16384, "max_grad_norm": None, "test_rows": 1024, "save_every_steps": 100,
-                           "warmup_steps": 0, "max_steps": None, "eval_every_steps": 100},
+                           "warmup_steps": 0, "max_steps": None, "eval_every_steps": 100,
+                           "label_weight": 1.0},
             "preference_from": "base",
             "judge": {"pairs_per_step": 128, "max_length": 16384, "max_steps": None},
             "rl": {"data": "Anthropic/hh-rlhf", "prompts_per_step": 256, "group_size": 4, "max_tokens": 1024,
@@ -87,6 +88,18 @@ class RLHFConfig(SetupConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_judge < 1:
             raise ConfigError(f"held_out_judge is {self.held_out_judge}; it is a share, from 0 to below 1")
+        if self.engine == "tinker" and (self.held_out_judge or self.policy.algorithm == "ppo"):
+            raise ConfigError(
+                "a Tinker service has no heads, so no scalar reward model and no critic: with engine tinker set "
+                f"held_out_judge 0 and policy.algorithm policy_gradient; they are {self.held_out_judge:g} and "
+                f"{self.policy.algorithm}"
+            )
+        if self.engine == "tinker" and {self.rl.temperature, self.evaluation.temperature} != {1.0}:
+            raise ConfigError(
+                "a Tinker service scores and learns at temperature 1: with engine tinker, rl.temperature and "
+                f"evaluation.temperature must be 1; they are {self.rl.temperature:g} and "
+                f"{self.evaluation.temperature:g}"
+            )
 
 
 def rlhf(config: RLHFConfig, *, say: Say = print) -> Path:

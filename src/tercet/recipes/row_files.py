@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tercet.errors import UsageError
-from tercet.runs.durable import beside, sync
+from tercet.runs.durable import beside, sync, write_atomically
 from tercet.runs.progress import ProgressDisplay
 from tercet.runs.rows import append_rows, encode_row
 from tercet.runs.settings import keep_config
@@ -16,7 +16,7 @@ from tercet.runs.settings import keep_config
 SUFFIXES = (".jsonl", ".parquet")
 
 
-def check_new(out: Path) -> None:
+def check_new(out: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     """Refuse a file that is there, or of a kind that is not written.
 
     Raises:
@@ -24,8 +24,8 @@ def check_new(out: Path) -> None:
     """
     if out.exists():
         raise UsageError(f"{out} exists, and nothing is overwritten; name another file with --out")
-    if out.suffix not in SUFFIXES:
-        raise UsageError(f"{out} ends in none of {', '.join(SUFFIXES)}; name a file that does")
+    if out.suffix not in suffixes:
+        raise UsageError(f"{out} ends in none of {', '.join(suffixes)}; name a file that does")
 
 
 def write_rows(
@@ -43,7 +43,7 @@ def write_rows(
     `made_of`, which is kept in `OUT.part.yaml` meanwhile, it goes on after the last part that is whole.
 
     Args:
-        out: A jsonl or parquet file.
+        out: A jsonl, parquet or json file.
         made_of: Settings and hashes that decide the rows.
         total: Rows in all.
         make: Gives the rows from a first to before a last.
@@ -80,7 +80,7 @@ def write_whole(out: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def publish(part: Path, out: Path) -> None:
-    """Make the finished rows of a jsonl file the file they are for, converted where it is parquet."""
+    """Make the finished rows of a jsonl file the file they are for, converted where it is parquet or one json list."""
     if out.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
@@ -89,6 +89,9 @@ def publish(part: Path, out: Path) -> None:
         parquet.write_table(pyarrow.Table.from_pylist(rows), beside(out))
         sync(beside(out))
         beside(out).replace(out)
+        part.unlink()
+    elif out.suffix == ".json":
+        write_atomically(out, b"[\n" + b",\n".join(part.read_bytes().splitlines()) + b"\n]\n")
         part.unlink()
     else:
         part.rename(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,14 +12,17 @@ from tercet.chat.comparisons import ComparisonRenderer
 from tercet.chat.renderers import Renderer, renderer
 from tercet.config import to_mapping
 from tercet.engine.base import Sampler, Scorer
-from tercet.errors import ConfigError
+from tercet.errors import ConfigError, ModelError
 from tercet.models.memory import estimate, read_shape
 from tercet.rewards.judge import Judge
 from tercet.rewards.scalar import ScalarJudge
 from tercet.types import Comparison, LoraConfig, Message, Weights
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
     from tercet.engine.local import LocalEngine
+    from tercet.engine.remote import RemoteEngine
 
 Say = Callable[[str], None]
 # What may change between two starts of one run: it moves no number that is learned from. Of policy and judge the
@@ -50,13 +54,15 @@ class SetupConfig(MachineConfig):
 
     model: str = "smollm2-135m"
     """The base model: smollm2-135m, tiny, a local directory, or a hub id."""
+    engine: Literal["local", "tinker"] = "local"
+    """Where weights are: local (this machine), or tinker, a service that TINKER_BASE_URL and TINKER_API_KEY lead to."""
     renderer: str = "auto"
     """How conversations become tokens: chat_template, role_colon, or auto (the template when there is one)."""
     method: Literal["lora", "full"] = "lora"
     """lora trains adapters that share one base; full trains a copy of the whole model in every stage."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Size and place of the adapters."""
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 1024
     """Tokens, after merging prefixes, of one pass with gradient; lower it when memory is short."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used and count them, instead of stopping at the first."""
@@ -71,10 +77,11 @@ class SetupConfig(MachineConfig):
 
 @dataclass(frozen=True)
 class Session:
-    """A base model in memory and the way conversations are written for it."""
+    """A base model, in memory or at a service, and the way conversations are written for it."""
 
     setup: SetupConfig
-    engine: LocalEngine
+    engine: LocalEngine | RemoteEngine
+    tokenizer: Tokenizer
     renderer: Renderer
     say: Say
 
@@ -120,11 +127,21 @@ class Session:
 
     def memory(self, *, sampled_rows: int = 0, row_tokens: int = 0) -> str:
         """What training will need, in words; `row_tokens` is prompt and answer of a row being sampled."""
+        from tercet.engine.local import LocalEngine
+
         setup = self.setup
+        if not isinstance(self.engine, LocalEngine):
+            return "the weights stay at the service"
+        model = self.engine.loaded.model
+        try:
+            shape = read_shape(self.engine.loaded.path)
+        except ModelError as error:
+            return f"how much memory it takes is not known: {error}"
         found = estimate(
-            read_shape(self.engine.loaded.path),
+            shape,
             lora_rank=setup.lora.rank if setup.method == "lora" else None,
-            dtype=str(self.engine.loaded.model.dtype).removeprefix("torch."),
+            dtype=str(model.dtype).removeprefix("torch."),
+            on_cpu=model.device.type == "cpu",
             micro_batch_tokens=setup.micro_batch_tokens,
             sampled_rows=min(setup.max_rows, sampled_rows),
             row_tokens=row_tokens,
@@ -139,7 +156,25 @@ def settings_of(kind: type, config: object) -> dict[str, Any]:
 
 
 def open_session(setup: SetupConfig, say: Say) -> Session:
-    """Load the base model and make an engine of it."""
+    """Load the base model and make an engine of it, or begin a session with the service that has it."""
+    if setup.engine == "tinker":
+        return _open_service(setup, say)
+    import torch
+
+    engine = local_engine(setup)
+    loaded = engine.loaded
+    chosen = renderer(setup.renderer, loaded.tokenizer)
+    millions = sum(each.numel() for each in loaded.model.parameters()) / 1e6
+    dtype, threads = str(loaded.model.dtype).removeprefix("torch."), torch.get_num_threads()
+    say(
+        f"model: {setup.model}, {millions:,.3g} million weights, on {loaded.model.device.type} ({dtype}, "
+        f"{threads} thread{'s' if threads > 1 else ''}), renderer {chosen.name}"
+    )
+    return Session(setup, engine, loaded.tokenizer, chosen, say)
+
+
+def local_engine(setup: SetupConfig) -> LocalEngine:
+    """The base model in this machine's memory."""
     import torch
 
     from tercet.engine.local import LocalEngine
@@ -149,18 +184,38 @@ def open_session(setup: SetupConfig, say: Say) -> Session:
     check_positive({"micro_batch_tokens": setup.micro_batch_tokens, "max_rows": setup.max_rows})
     check_positive({} if setup.threads is None else {"threads": setup.threads})
     torch.set_num_threads(setup.threads or max(1, int(environment()["cpus"])))
-    device = setup.device if setup.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(setup)
     dtype = setup.dtype if setup.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     loaded = load_model(setup.model, dtype=dtype, device=device, trust_remote_code=setup.trust_remote_code)
-    engine = LocalEngine(loaded, micro_batch_tokens=setup.micro_batch_tokens, max_rows=setup.max_rows)
-    chosen = renderer(setup.renderer, loaded.tokenizer)
-    millions = sum(each.numel() for each in loaded.model.parameters()) / 1e6
-    threads = torch.get_num_threads()
-    say(
-        f"model: {setup.model}, {millions:,.3g} million weights, on {device} ({dtype}, "
-        f"{threads} thread{'s' if threads > 1 else ''}), renderer {chosen.name}"
+    return LocalEngine(loaded, micro_batch_tokens=setup.micro_batch_tokens, max_rows=setup.max_rows)
+
+
+def device_of(setup: MachineConfig) -> str:
+    """Where this machine computes."""
+    import torch
+
+    return setup.device if setup.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _open_service(setup: SetupConfig, say: Say) -> Session:
+    from tercet.engine.bodies import Language
+    from tercet.engine.remote import ALPHA, RemoteEngine
+    from tercet.models.load import load_context_tokens, load_tokenizer
+
+    if setup.method != "lora" or setup.lora.alpha != ALPHA or setup.lora.targets != LoraConfig().targets:
+        raise ConfigError(
+            f"engine tinker trains adapters of lora.alpha {ALPHA:g} on lora.targets {LoraConfig().targets}; got method "
+            f"{setup.method}, {setup.lora.alpha:g} and {setup.lora.targets}; set these, or engine local"
+        )
+    tokenizer = load_tokenizer(setup.model, trust_remote_code=setup.trust_remote_code)
+    chosen = renderer(setup.renderer, tokenizer)
+    engine = RemoteEngine.connect(
+        setup.model,
+        Language(frozenset({tokenizer.eos_token_id}), lambda tokens: str(tokenizer.decode(tokens))),
+        context_tokens=load_context_tokens(setup.model, trust_remote_code=setup.trust_remote_code),
     )
-    return Session(setup, engine, chosen, say)
+    say(f"model: {setup.model}, at {os.environ.get('TINKER_BASE_URL', 'the hosted service')}, renderer {chosen.name}")
+    return Session(setup, engine, tokenizer, chosen, say)
 
 
 def check_positive(settings: Mapping[str, int]) -> None:

@@ -86,7 +86,7 @@ def run_sft(session: Session, config: SFTConfig, directory: Path) -> Weights:
     ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(lora=setup.adapter, seed=setup.seed)
-            text = held_out(tested, lambda tokens: text_of(session.engine.loaded.tokenizer, tokens))
+            text = held_out(tested, lambda tokens: text_of(session.tokenizer, tokens))
             sft(config, learned, text, trainer=trainer, run=run, seed=setup.seed)
         return run.final_weights
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -31,6 +31,8 @@ class TrainedConfig(MachineConfig):
 
     model: str | None = None
     """The base model; null takes the one that the weights were trained on."""
+    engine: Literal["local", "tinker"] | None = None
+    """Where weights are: local, or tinker (a service); null takes where they were trained."""
     renderer: str | None = None
     """How conversations become tokens; null takes the way they were written in training."""
 
@@ -40,7 +42,7 @@ class TrainedConfig(MachineConfig):
         Raises:
             UsageError: They were trained on different models, or written by different renderers.
         """
-        found = {name: _agreed(name, getattr(self, name), places) for name in ("model", "renderer")}
+        found = {name: _agreed(name, getattr(self, name), places) for name in ("model", "engine", "renderer")}
         known = {name: value for name, value in found.items() if value is not None}
         return from_mapping(SetupConfig, {**settings_of(MachineConfig, self), **known})
 

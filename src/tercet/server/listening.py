@@ -16,6 +16,8 @@ from tercet.server.store import Store
 
 # A thousand requests may come at once, each with a connection of its own.
 BACKLOG = 4096
+# A client takes a connection up again for 5 s at most; each that waits here costs tens of KB.
+KEEP_ALIVE_S = 15
 
 
 def listen(
@@ -60,7 +62,12 @@ def listen(
     say(f"names: {', '.join(served.names)}; checkpoints in {root}")
     say(f"serving: TINKER_BASE_URL=http://{where}:{port} TINKER_API_KEY={token or 'tml-local'}")
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=3, backlog=BACKLOG
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=3,
+        backlog=BACKLOG,
     )
     try:
         uvicorn.Server(config).run([listening])

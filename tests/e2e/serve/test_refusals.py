@@ -107,7 +107,7 @@ def test_what_is_not_offered_is_named(server: Server):
 
 
 def test_a_server_with_a_token_asks_for_it_and_one_without_is_for_this_machine(
-    tercet: CommandLine, server: Server, tmp_path: Path
+    tercet: CommandLine, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert server.ask("GET", "/api/v1/healthz", Host="evil.example")[0] == 403
     assert server.ask("GET", "/api/v1/healthz", Origin="http://localhost")[0] == 403
@@ -125,6 +125,17 @@ def test_a_server_with_a_token_asks_for_it_and_one_without_is_for_this_machine(
     with pytest.raises(tinker.AuthenticationError, match="the key is not this server's token"):
         kept(tinker.ServiceClient(base_url=guarded.url, api_key="tml-other")).create_sampling_client("tiny").result()
     # Only one may wait: the SDK is told 429, comes back, and loses none.
+    import httpx  # the SDK brings it
+
+    told_so: list[int] = []
+    send = httpx.AsyncClient.send
+
+    async def seen(self: Any, *args: Any, **settings: Any) -> Any:
+        response = await send(self, *args, **settings)
+        told_so.append(response.status_code)
+        return response
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", seen)
     client = guarded.client()
     sampler = client.create_sampling_client(base_model="tiny").result()
     params = types.SamplingParams(max_tokens=2)
@@ -133,6 +144,7 @@ def test_a_server_with_a_token_asks_for_it_and_one_without_is_for_this_machine(
         for i in range(4)
     ]
     assert [len(each.result().sequences[0].tokens) for each in asked] == [2, 2, 2, 2]
+    assert 429 in told_so
     client.close("success")
     guarded.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ DRAWN = Batch([
     Datum([50, 51, 52], [0.0, 0.0, 2.0], {"sampling_logprobs": [0.0, 0.0, -6.2], "advantages": [-1.0] * 3}),
 ])  # fmt: skip
 
+PAIRS = Batch(
+    [
+        replace(d, streams={**d.streams, "reference_logprobs": [0.0, 0.0, -6.2, -6.1][: len(d.tokens)]})
+        for d in DRAWN.data
+    ],
+    [(0, 1)],
+    pair_streams={"comparisons": [0.0], "decided": [1.0], "margins": [0.0]},
+)
+
 
 @pytest.fixture(scope="module")
 def remote(client: Any, engine: LocalEngine) -> RemoteEngine:
@@ -36,8 +46,11 @@ def remote(client: Any, engine: LocalEngine) -> RemoteEngine:
         (DRAWN, "importance_sampling", {}),
         (DRAWN, "ppo", {"clip_low": 0.05, "clip_high": 0.1}),
         (DRAWN, "cispo", {"ratio_max": 1.1}),
+        (DRAWN, "dro", {"beta": 0.2}),
+        (PAIRS, "sigmoid", {"beta": 0.3}),
+        (PAIRS, "both_orders", {"label_weight": 0.2}),
     ],
-    ids=["cross_entropy", "importance_sampling", "ppo", "cispo"],
+    ids=["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "sigmoid", "both_orders"],
 )
 def test_learning_through_a_service_is_learning_here(
     remote: RemoteEngine, engine: LocalEngine, batch: Batch, loss: str, settings: dict[str, float]
@@ -96,7 +109,11 @@ def test_what_a_service_cannot_do_is_refused_by_name(remote: RemoteEngine, tmp_p
     with pytest.raises(CheckpointError, match="names no weights of a Tinker service"):
         remote.sampler(Weights(tmp_path))
     trainer = remote.trainer(lora=LORA)
-    with pytest.raises(EngineError, match="does not learn by 'dro'"):
-        trainer.forward_backward(DRAWN, "dro").result()
+    with pytest.raises(EngineError, match="needs a head, which these weights lack"):
+        trainer.forward_backward(PAIRS, "bradley_terry").result()
+    with pytest.raises(EngineError, match="reads entropies, and only log-probs are known here"):
+        trainer.forward_backward(GIVEN, "entropy_bonus").result()
+    with pytest.raises(EngineError, match="there is no loss 'sigmoyd'"):
+        trainer.forward_backward(GIVEN, "sigmoyd").result()
     with pytest.raises(EngineError, match="needs the stream sampling_logprobs, which datum 0 lacks"):
         trainer.forward_backward(GIVEN, "ppo").result()

@@ -112,7 +112,7 @@ def test_a_reward_that_fails_stops_the_run_and_is_no_zero(bandit, open_run, tmp_
 
 def test_it_learns_which_answer_is_better(bandit, open_run, tmp_path):
     config = PPOConfig(
-        steps=15, prompts_per_step=16, mini_batch_size=8, max_tokens=3, learning_rate=0.1, critic="separate",
+        steps=30, prompts_per_step=16, mini_batch_size=8, max_tokens=3, learning_rate=0.1, critic="separate",
         critic_learning_rate=0.1, init_kl_coef=0.05, kl_control="fixed", clip_range=1.0,
     )  # fmt: skip
     train(bandit, open_run, tmp_path, config)

@@ -4,13 +4,16 @@ import json
 import random
 
 import pytest
+import torch
 
-from tercet.algorithms.preference_model import PreferenceConfig, preference_model
+from tercet.algorithms.preference_model import PreferenceConfig, both_orders, preference_model
 from tercet.chat.comparisons import ComparisonRenderer
 from tercet.chat.renderers import renderer
+from tercet.engine.bodies import Budgets
 from tercet.engine.fake import FakeEngine
 from tercet.engine.local import LocalEngine
 from tercet.models.load import load_model
+from tercet.types import Batch
 
 
 def rows_of(path):
@@ -78,3 +81,27 @@ def test_no_held_out_comparisons_measure_nothing(shown, compare, open_run, tmp_p
     with open_run(tmp_path, steps=1) as run:
         preference_model(config, [compare("yes", "no", "A")], [], shown, trainer=trainer, run=run, seed=0)
     assert not any(key.startswith("test/") for row in rows_of(tmp_path / "metrics.jsonl") for key in row)
+
+
+def test_a_small_budget_tears_no_comparison(shown, compare):
+    rows = [*separable(compare, 3, seed=0), compare("yes", "no", "Tie")]
+    found = []
+    for budget in (1, 4096):
+        engine = FakeEngine(
+            vocabulary=len(shown.renderer.tokenizer), context_tokens=512, budgets=Budgets(micro_batch_tokens=budget)
+        )
+        trainer = engine.trainer()
+        loss = trainer.forward_backward(both_orders(rows, shown), "both_orders").result().loss
+        found.append((loss, trainer.table.logits.grad.clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_a_label_weight_of_one_is_the_likelihood_of_the_labels_in_both_orders(shown, compare):
+    rows = separable(compare, 3, seed=0)
+    trainer = FakeEngine(vocabulary=len(shown.renderer.tokenizer), context_tokens=512).trainer()
+    labels = Batch([shown.datum(each) for row in rows for each in (row, row.swapped())])
+    expected = trainer.forward_backward(labels, "cross_entropy").result().loss
+    ours = trainer.forward_backward(both_orders(rows, shown), "both_orders", label_weight=1.0).result()
+    assert ours.loss == pytest.approx(expected, rel=1e-6)
+    assert ours.metrics["label_nll"] == pytest.approx(expected, rel=1e-6)

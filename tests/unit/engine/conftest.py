@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tercet.engine.bodies import Budgets
+from tercet.engine.budgets import Budgets
 from tercet.engine.fake import FakeEngine
 from tercet.engine.local import LocalEngine
 from tercet.models.load import load_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tercet.engine.base import Engine, Sampler, Trainer
-from tercet.engine.bodies import Budgets
+from tercet.engine.budgets import Budgets
 from tercet.engine.fake import FakeEngine
 from tercet.errors import CheckpointError, EngineError
 from tercet.types import AdamParams, Batch, Datum, SamplingParams

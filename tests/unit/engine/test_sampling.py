@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.engine.bodies import Budgets
+from tercet.engine.budgets import Budgets
 from tercet.engine.draw import uniforms
 from tercet.engine.fake import FakeEngine
 from tercet.errors import EngineError

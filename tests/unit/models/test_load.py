@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MambaConfig
+from transformers import LlamaConfig
 
 from tercet.errors import ModelError
 from tercet.models import tree_attention
@@ -82,11 +82,22 @@ def test_damaged_weights_are_a_model_error(tmp_path):
         load_model(str(directory))
 
 
-def test_a_model_that_takes_no_forest_is_refused_before_its_weights_are_read(tmp_path):
+def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_read(tmp_path):
     directory = tiny_model(tmp_path)
-    MambaConfig().save_pretrained(directory)
-    with pytest.raises(ModelError, match="layers that are not plain attention"):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    LlamaConfig(rope_parameters=rope).save_pretrained(directory)
+    with pytest.raises(ModelError, match="rotates by the longest sequence"):
         load_model(str(directory))
+
+
+def test_a_model_that_takes_no_forest_says_why_and_keeps_an_attention_of_transformers(tmp_path):
+    directory = tiny_model(tmp_path)
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, "model_type": "mistral", "sliding_window": 8}))
+    loaded = load_model(str(directory))
+    assert loaded.why_no_tree == "has attention windows of 8 tokens in a context of 1024"
+    assert loaded.model.config._attn_implementation == "eager"
+    assert loaded.plain_head
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):

@@ -7,8 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tercet.engine.collate import forest
 from tercet.errors import ModelError
 from tercet.models import adapters, tree_attention
+from tercet.models.frozen_llama import LAYERS, frozen_llama
 from tercet.models.load import load_model
-from tercet.models.memory import estimate, read_shape, shape
+from tercet.models.memory import LAID_OUT, estimate, read_shape, shape
 from tercet.models.tiny import tiny_model
 from tercet.types import LoraConfig
 
@@ -78,8 +79,28 @@ def test_the_cache_of_a_batch_is_two_numbers_a_head_and_token():
 def test_training_and_sampling_share_what_only_one_of_them_needs():
     memory = estimate(shape(SMOLLM2), sampled_rows=128, row_tokens=200)
     larger = max(memory.activations, memory.kv_cache)
-    assert memory.total == memory.base + memory.merged + memory.trained + memory.head + larger
-    assert memory.describe().startswith(f"{memory.total / 1e9:.2f} GB (base 0.54, merged 0.42,")
+    assert memory.total == memory.base + memory.merged + memory.laid_out + memory.trained + memory.head + larger
+    assert memory.describe().startswith(f"{memory.total / 1e9:.2f} GB (base 0.54, merged 0.42, laid out 0.54,")
+
+
+def test_the_copy_laid_out_for_the_cpu_is_counted_exactly(tmp_path):
+    directory = tiny_model(tmp_path)
+    model = load_model(str(directory)).model
+    fast = frozen_llama(model.model, model.lm_head)
+    parts = [part for one in fast.layers for part in (one.qkv, one.out, one.gate, one.up, one.down)]
+    assert estimate(read_shape(directory)).laid_out == 4 * sum(part.weight.numel() for part in [*parts, fast.head])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"), [("gpt2", {}), ("llama", {"dtype": "bfloat16"}), ("llama", {"on_cpu": False})]
+)
+def test_nothing_is_laid_out_for_another_kind_of_model_dtype_or_device(model_type, settings):
+    model = shape(json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False)))
+    assert estimate(model, **settings).laid_out == 0
+
+
+def test_what_the_estimate_calls_laid_out_is_what_the_fast_form_takes():
+    assert {name.lower().removesuffix("decoderlayer") for name in LAYERS} == LAID_OUT
 
 
 def test_a_config_without_a_size_is_refused_with_its_name(tmp_path):

@@ -20,7 +20,14 @@ from tercet.engine.collate import Forest, forest
 from tercet.errors import ModelError
 from tercet.models import tree_attention
 from tercet.models.quiet import quiet
-from tercet.models.takes_tree import ARCHITECTURES, context_tokens, require_tree, takes_tree, why_no_tree
+from tercet.models.takes_tree import (
+    ARCHITECTURES,
+    UNBOUNDED_TOKENS,
+    context_tokens,
+    require_rows,
+    takes_tree,
+    why_no_tree,
+)  # fmt: skip
 
 CONTEXT = 64
 # Every name some architecture has for a size; each takes those it knows.
@@ -94,7 +101,7 @@ def test_a_listed_architecture_computes_a_forest_as_it_computes_each_sequence_al
 
 
 @pytest.mark.parametrize("model_type", ["bert", "bloom", "gpt_oss", "mamba", "openai-gpt", "xglm"])
-def test_an_architecture_that_mixes_tokens_otherwise_is_refused_and_would_be_wrong(model_type):
+def test_an_architecture_that_mixes_tokens_otherwise_takes_no_forest_and_would_be_wrong(model_type):
     config = small(model_type)
     assert not takes_tree(config)
     assert largest_difference(config) > 1e-2
@@ -140,13 +147,27 @@ def test_what_the_config_check_refuses_would_indeed_be_wrong(change):
     assert largest_difference(config) > 1e-2
 
 
+def test_code_that_came_with_a_model_takes_no_forest_whatever_its_config_says():
+    assert why_no_tree(LlamaConfig(), own_code=True) == "is computed by code that came with it"
+
+
+@pytest.mark.parametrize("config", [MambaConfig(), Gemma2Config(), AutoConfig.for_model("granite", logits_scaling=8.0)])
+def test_what_takes_no_forest_may_compute_padded_rows(config):
+    assert not takes_tree(config)
+    require_rows(config, "my/model")
+
+
 def test_a_model_that_cannot_is_refused_with_its_name_the_reason_and_what_can():
-    with pytest.raises(ModelError, match=r"my/mamba has layers that are not plain attention .*Llama, Qwen2"):
-        require_tree(MambaConfig(), "my/mamba")
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ModelError, match=r"my/llama rotates by the longest sequence at hand .*Llama, Qwen2"):
+        require_rows(LlamaConfig(rope_parameters=rope), "my/llama")
+    with pytest.raises(ModelError, match=r"my/gemma is made of several models \(gemma3\)"):
+        require_rows(AutoConfig.for_model("gemma3"), "my/gemma")
 
 
 def test_the_context_is_found_under_every_name_it_has():
     assert context_tokens(GPT2Config(n_positions=77)) == 77
     assert context_tokens(LlamaConfig(max_position_embeddings=88)) == 88
+    assert context_tokens(MambaConfig()) == UNBOUNDED_TOKENS
     with pytest.raises(ModelError, match="does not say how long"):
-        context_tokens(MambaConfig())
+        context_tokens(AutoConfig.for_model("bloom"))

@@ -1,0 +1,80 @@
+"""How much is computed at once, and what happens when that is more than memory holds."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+
+from tercet.engine.sampler import MAX_ROWS
+from tercet.errors import EngineError
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Budgets:
+    """How much is computed at once; one for an engine and all that belongs to it."""
+
+    micro_batch_tokens: int = 2048
+    """Tokens of one pass with gradient, as they are computed: after merging prefixes, or with padding."""
+    score_tokens: int = 4096
+    """The same without gradient."""
+    max_rows: int = MAX_ROWS
+    """Completions decoded side by side."""
+
+    def within(
+        self,
+        budget: Literal["micro_batch_tokens", "score_tokens"],
+        work: Callable[[int], Result],
+        pieces: Callable[[int], object],
+        undo: Callable[[], None] = lambda: None,
+    ) -> Result:
+        """Do work that is split by a token budget. When memory runs out, the budget is halved for good and it is done
+        again.
+
+        Args:
+            budget: Which of them.
+            work: Gets the budget.
+            pieces: How the work is split under a budget; budgets that change nothing are passed over.
+            undo: Takes back what half-done work has left.
+
+        Raises:
+            EngineError: Memory runs out with the smallest pieces there are.
+        """
+        while True:
+            tokens: int = getattr(self, budget)
+            try:
+                return work(tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                said = str(error).partition("\n")[0] or type(error).__name__
+            # Outside of the except clause: the error's frames held what was computed.
+            undo()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            whole, half = pieces(tokens), tokens // 2
+            while half and pieces(half) == whole:
+                half //= 2
+            if not half:
+                raise EngineError(
+                    f"memory ran out with one sequence, or one pair, at a time: {said}; take shorter sequences, a "
+                    "smaller model, or dtype bfloat16"
+                )
+            setattr(self, budget, half)
+            logger.warning("memory ran out: %s is %d from here on instead of %d (%s)", budget, half, tokens, said)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch's allocator on the CPU raises a plain RuntimeError.
+    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory"))

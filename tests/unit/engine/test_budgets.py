@@ -1,0 +1,119 @@
+"""Memory that runs out in the middle of a pass, told by a hook on the model's own modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tercet.engine.local import LocalEngine
+from tercet.errors import EngineError
+from tercet.models.load import load_model
+from tercet.types import Datum, LoraConfig
+
+OUT = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    "python": MemoryError(),
+}
+
+
+class Full:
+    """A memory that holds `tokens` tokens in a layer."""
+
+    def __init__(self, tokens: int, error: BaseException) -> None:
+        self.tokens, self.error, self.failures = tokens, error, 0
+
+    def forward(self, module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        self.check(given[0])
+
+    def backward(self, module: torch.nn.Module, gradients: tuple[torch.Tensor, ...]) -> None:
+        self.check(gradients[0])
+
+    def check(self, hidden: torch.Tensor) -> None:
+        if hidden.shape[1] > self.tokens:
+            self.failures += 1
+            raise self.error
+
+
+def engine_and_trainer(tokens: int, lora: LoraConfig | None):
+    engine = LocalEngine(load_model("tiny"), micro_batch_tokens=tokens, score_tokens=tokens)
+    return engine, engine.trainer(lora=lora, seed=1)
+
+
+def layer(trainer, index):
+    return trainer.body().trunk.layers[index]
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(rank=4), None])
+@pytest.mark.parametrize("out", sorted(OUT))
+def test_the_micro_batch_is_halved_and_the_gradient_is_the_same(batch, gradient, caplog, out, lora):
+    _, wanted = engine_and_trainer(8, lora)
+    expected = wanted.forward_backward(batch, "cross_entropy").result()
+    engine, trainer = engine_and_trainer(32, lora)
+    memory = Full(8, OUT[out])
+    layer(trainer, 1).register_forward_pre_hook(memory.forward)
+    for times in (1, 2):
+        result = trainer.forward_backward(batch, "cross_entropy").result()
+        torch.testing.assert_close(gradient(trainer), times * gradient(wanted), rtol=1e-6, atol=1e-7)
+        assert result == expected
+    assert engine.budgets.micro_batch_tokens == 8
+    # 32 and 16 were too much; the second call knew, and said nothing.
+    assert memory.failures == 2
+    assert [record.args[1:3] for record in caplog.records] == [(16, 32), (8, 16)]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_what_a_backward_pass_left_halfway_is_taken_back(batch, gradient, before):
+    _, wanted = engine_and_trainer(16, None)
+    _, trainer = engine_and_trainer(32, None)
+    for _ in range(before):  # a gradient that is already there stays
+        wanted.forward_backward(batch, "cross_entropy").result()
+        trainer.forward_backward(batch, "cross_entropy").result()
+    memory = Full(16, OUT["gpu"])
+    handle = layer(trainer, 0).register_full_backward_pre_hook(memory.backward)
+    wanted.forward_backward(batch, "cross_entropy").result()
+    trainer.forward_backward(batch, "cross_entropy").result()
+    handle.remove()
+    assert memory.failures == 1
+    torch.testing.assert_close(gradient(trainer), gradient(wanted), rtol=1e-5, atol=1e-7)
+
+
+def test_scoring_halves_its_own_budget(batch):
+    sequences = [datum.tokens for datum in batch.data]
+    engine, trainer = engine_and_trainer(32, LoraConfig(rank=4))
+    expected = trainer.forward(batch).result()
+    memory = Full(8, OUT["cpu"])
+    layer(trainer, 1).register_forward_pre_hook(memory.forward)
+    assert trainer.forward(batch).result().logprobs == [pytest.approx(row, abs=1e-5) for row in expected.logprobs]
+    assert (engine.budgets.score_tokens, engine.budgets.micro_batch_tokens) == (8, 32)
+    assert len(engine.sampler().logprobs(sequences).result()) == len(sequences)
+
+
+def test_with_one_sequence_at_a_time_there_is_nothing_to_halve(batch, gradient):
+    _, trainer = engine_and_trainer(2048, LoraConfig(rank=4))
+    trainer.forward_backward(batch, "cross_entropy").result()
+    before = gradient(trainer)
+    memory = Full(4, OUT["cpu"])
+    layer(trainer, 1).register_forward_pre_hook(memory.forward)
+    with pytest.raises(EngineError, match=r"one sequence, or one pair, at a time: .*can't allocate.*shorter sequences"):
+        trainer.forward_backward(batch, "cross_entropy").result()
+    assert torch.equal(gradient(trainer), before)
+    # 2048, 16, 8, 4 and 2; with 1 the pieces would be those of 2.
+    assert memory.failures == 5
+
+
+def test_another_error_is_passed_on(batch):
+    engine, trainer = engine_and_trainer(32, LoraConfig(rank=4))
+    memory = Full(8, RuntimeError("shapes cannot be multiplied"))
+    layer(trainer, 1).register_forward_pre_hook(memory.forward)
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        trainer.forward_backward(batch, "cross_entropy").result()
+    assert (memory.failures, engine.budgets.micro_batch_tokens) == (1, 32)
+
+
+def test_a_datum_of_any_length_alone_needs_no_second_try(batch):
+    engine, trainer = engine_and_trainer(4, LoraConfig(rank=4))
+    memory = Full(8, OUT["cpu"])
+    layer(trainer, 1).register_forward_pre_hook(memory.forward)
+    trainer.forward_backward(type(batch)([Datum([3] * 8, [0.0, *[1.0] * 7])]), "cross_entropy").result()
+    assert (memory.failures, engine.budgets.micro_batch_tokens) == (0, 4)
