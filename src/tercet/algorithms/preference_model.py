@@ -32,14 +32,14 @@ class PreferenceConfig(PairsConfig):
     """Steps over which the learning rate rises to its peak."""
     pairs_per_step: int = 4
     """Comparisons per optimizer step; each is shown in both orders in the same step."""
-    label_weight: float = 0.2
+    label_weight: float = 0.5
     """Share of the likelihood of single labels in the loss; the rest looks at both orders of a comparison together. 1
     is the published recipe."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.label_weight <= 1:
-            raise ConfigError(f"label_weight is {self.label_weight}; it must be above 0 and at most 1 (0.2 is usual)")
+            raise ConfigError(f"label_weight is {self.label_weight}; it must be above 0 and at most 1 (0.5 is usual)")
 
 
 def preference_model(

@@ -27,7 +27,7 @@ class RolloutConfig(OptimConfig):
     """Longest prompt in tokens; longer ones are left out and counted."""
     steps: int = 12
     """Rounds of sampling and learning."""
-    prompts_per_step: int = 4
+    prompts_per_step: int = 5
     """Prompts answered per step."""
     group_size: int = 4
     """Answers per prompt."""

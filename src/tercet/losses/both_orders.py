@@ -12,7 +12,7 @@ def both_orders_loss(
     rejected: Int[Tensor, " P"],
     comparisons: Float[Tensor, " P"],
     decided: Float[Tensor, " P"],
-    label_weight: float = 0.2,
+    label_weight: float = 0.5,
 ) -> tuple[Float[Tensor, " P"], dict[str, Float[Tensor, " P"]]]:
     """Minus the log-sigmoid of the right label's mean log-odds over the orders of a comparison, and its likelihood.
 

@@ -46,8 +46,8 @@ class RLHFConfig(SetupConfig):
     """Folder of the run; the same command goes on where it stood."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Stage 1."""
-    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=38))
-    """Stage 2. Of the built-in comparisons 38 steps are enough; set max_steps to null to learn all of a larger set."""
+    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=44))
+    """Stage 2. Of the built-in comparisons 44 steps are enough; set max_steps to null to learn all of a larger set."""
     preference_from: Literal["sft", "base"] = "sft"
     """What the preference model is trained from; the policy of stage 1 learns to compare sooner than the base."""
     held_out_judge: float = 0.25
