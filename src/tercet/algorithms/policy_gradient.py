@@ -32,9 +32,9 @@ SEEDS_PER_RUN = 1_000_000
 class RLConfig(RolloutConfig):
     """The third stage."""
 
-    learning_rate: float = 4e-4
+    learning_rate: float = 5e-4
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "constant"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls."""
     group_size: int = 4
     """Answers per prompt; they meet each other."""

@@ -79,8 +79,8 @@ class RLHFConfig(SetupConfig):
             "preference_from": "base",
             "judge": {"pairs_per_step": 128, "max_length": 16384, "max_steps": None},
             "rl": {"data": "Anthropic/hh-rlhf", "prompts_per_step": 256, "group_size": 4, "max_tokens": 1024,
-                   "learning_rate": 1e-5, "max_grad_norm": None, "max_prompt_length": 15360, "steps": 100,
-                   "judge": "hard", "eval_every_steps": 20, "save_every_steps": 20},
+                   "learning_rate": 1e-5, "schedule": "constant", "max_grad_norm": None, "max_prompt_length": 15360,
+                   "steps": 100, "judge": "hard", "eval_every_steps": 20, "save_every_steps": 20},
             "evaluation": {"prompts": 256, "prompts_while_training": 256, "against_chosen": 256, "max_tokens": 1024},
         },
     }  # fmt: skip
