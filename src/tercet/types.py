@@ -28,6 +28,11 @@ class Message:
 Conversation = tuple[Message, ...]
 
 
+def as_messages(turns: Conversation) -> list[dict[str, str]]:
+    """Turns as plain data, as rows, templates and servers have them."""
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two answers to one conversation, and which of them is better.

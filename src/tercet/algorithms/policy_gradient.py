@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tercet.algorithms.advantages import Scale, advantages
-from tercet.algorithms.rollout_metrics import kl_metrics, length_metrics, reward_metrics, sample_rows, sampler_metrics
+from tercet.algorithms.rollout_metrics import (
+    kl_metrics,
+    length_metrics,
+    reward_metrics,
+    sample_rows,
+    sampler_metrics,
+    times,
+)
 from tercet.algorithms.rollouts import Answer, RolloutConfig, answer, log_ratios, tournament_rewards
 from tercet.algorithms.steps import learn, rows_of_step
 from tercet.chat.renderers import Renderer
@@ -121,7 +127,7 @@ def policy_gradient(
         run.samples(step, sample_rows(groups, penalised, advantage))
         run.log(step, {**reward_metrics(groups, penalised), **judged, **kl_metrics(kl), **learned, **measured,
                        **checked, **length_metrics([each for group in groups for each in group]),
-                       **times(clock)})  # fmt: skip
+                       **times(clock, "eval", "sample", "judge", "train")})  # fmt: skip
         if run.save_is_due(step + 1):
             run.save(trainer, next_step=step + 1)
     run.log(config.steps, evaluate(trainer.sampler(), config.steps))
@@ -197,10 +203,3 @@ def self_check(learned: Mapping[str, float], kl: Sequence[Sequence[Sequence[floa
                 "is numerics): they are not the same model"
             )
     return figures
-
-
-def times(clock: Sequence[float]) -> dict[str, float]:
-    """Seconds of each part of a step."""
-    names = ("time/eval_s", "time/sample_s", "time/judge_s", "time/train_s")
-    parts = {name: b - a for name, (a, b) in zip(names, itertools.pairwise(clock), strict=True)}
-    return {**parts, "time/step_s": clock[-1] - clock[0]}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tercet.algorithms.policy_gradient import SEEDS_PER_RUN, synchronised
 from tercet.algorithms.ppo_step import PPO, PPOStepConfig
-from tercet.algorithms.rollout_metrics import length_metrics, reward_metrics
-from tercet.algorithms.rollouts import Answer, RolloutConfig, answer, candidates
+from tercet.algorithms.rollout_metrics import length_metrics, reward_metrics, sample_rows, times
+from tercet.algorithms.rollouts import RolloutConfig, answer, candidates
 from tercet.algorithms.steps import rows_of_step
 from tercet.chat.renderers import Renderer
 from tercet.engine.base import Sampler
@@ -110,9 +109,12 @@ def ppo(
             [each.prompt_tokens for each in answers], [each.completion.tokens for each in answers], scores
         )
         clock.append(time.monotonic())
-        run.samples(step, sample_rows(groups, rewards, scores))
+        flat = iter(scores)
+        learned_from = [[next(flat) for _ in group] for group in groups]
+        run.samples(step, sample_rows(groups, rewards, learned_from, "score"))
         run.log(step, {**reward_metrics(groups, rewards), **learned, **measured, **length_metrics(answers),
-                       "format": sum(ended) / len(ended), **times(clock)})  # fmt: skip
+                       "format": sum(ended) / len(ended),
+                       **times(clock, "eval", "sample", "score", "train")})  # fmt: skip
         if run.save_is_due(step + 1):
             run.save(learner, next_step=step + 1, state=state(learner, moments))
     run.log(config.steps, evaluate(learner.policy.sampler(), config.steps))
@@ -123,31 +125,3 @@ def state(learner: PPO, moments: Moments) -> dict[str, object]:
     """What a checkpoint holds beside the weights."""
     seen = {"count": moments.count, "mean": moments.mean, "variance": moments.variance}
     return {**learner.state, "moments": seen}
-
-
-def sample_rows(
-    groups: Sequence[Sequence[Answer]], rewards: Sequence[Sequence[float]], scores: Sequence[float]
-) -> list[dict[str, object]]:
-    """What was sampled, as rows of `samples.jsonl`: the reward as it was given, the score as it was learned from."""
-    flat = iter(scores)
-    return [
-        {
-            "group": g,
-            "index": i,
-            "prompt": [{"role": m.role, "content": m.content} for m in each.prompt],
-            "completion": each.message.content,
-            "reward": rewards[g][i],
-            "score": next(flat),
-            "tokens": len(each.completion.tokens),
-            "stop_reason": each.completion.stop_reason,
-        }
-        for g, group in enumerate(groups)
-        for i, each in enumerate(group)
-    ]
-
-
-def times(clock: Sequence[float]) -> dict[str, float]:
-    """Seconds of each part of a step."""
-    names = ("time/eval_s", "time/sample_s", "time/score_s", "time/train_s")
-    parts = {name: b - a for name, (a, b) in zip(names, itertools.pairwise(clock), strict=True)}
-    return {**parts, "time/step_s": clock[-1] - clock[0]}

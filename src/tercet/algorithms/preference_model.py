@@ -13,7 +13,7 @@ from tercet.chat.comparisons import ComparisonRenderer
 from tercet.engine.base import Trainer
 from tercet.errors import ConfigError
 from tercet.evaluation.judges import agreement
-from tercet.rewards.judge import Judge
+from tercet.rewards.judge import Compares, Judge
 from tercet.runs.durable import write_atomically
 from tercet.runs.run import Run
 from tercet.types import Batch, Comparison, Datum, Label, StepResult
@@ -71,25 +71,27 @@ def preference_model(
             return both_orders(rows, renderer)
         return Batch([renderer.datum(each) for row in rows for each in (row, row.swapped())])
 
-    def evaluate() -> dict[str, float]:
-        if not held_out:
-            return {}
-        found = agreement(Judge(trainer.sampler(), renderer), held_out)
-        write_atomically(run.directory / AGREEMENT_FILE, json.dumps(found.report(), indent=1))
-        return found.metrics()
-
     train(
         batch_of,
         config,
         steps=config.steps(len(data)),
         trainer=trainer,
         run=run,
-        evaluate=evaluate,
+        evaluate=lambda: judged(Judge(trainer.sampler(), renderer), held_out, run),
         eval_every_steps=config.eval_every_steps,
         loss="both_orders" if config.label_weight < 1 else "cross_entropy",
         settings={"label_weight": config.label_weight} if config.label_weight < 1 else {},
         measure=label_metrics,
     )
+
+
+def judged(judge: Compares, held_out: Sequence[Comparison], run: Run) -> dict[str, float]:
+    """Metrics of a judge in training on held-out comparisons, if there are any; the run keeps what else was found."""
+    if not held_out:
+        return {}
+    found = agreement(judge, held_out)
+    write_atomically(run.directory / AGREEMENT_FILE, json.dumps(found.report(), indent=1))
+    return found.metrics()
 
 
 def both_orders(rows: Sequence[Comparison], renderer: ComparisonRenderer) -> Batch:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tercet.algorithms.preference_model import AGREEMENT_FILE
+from tercet.algorithms.preference_model import judged
 from tercet.algorithms.steps import PairsConfig, rows_of_step, train
 from tercet.chat.answers import AnswerRenderer
 from tercet.engine.base import Trainer
 from tercet.errors import ConfigError
-from tercet.evaluation.judges import agreement
 from tercet.rewards.scalar import ScalarJudge
-from tercet.runs.durable import write_atomically
 from tercet.runs.run import Run
 from tercet.types import Batch, Comparison, Conversation, Datum, StepResult
 
@@ -75,20 +72,13 @@ def reward_model(
     def batch_of(step: int) -> Batch:
         return pair_batch(rows_of_step(data, step, config.pairs_per_step, epochs=config.epochs, seed=seed), renderer)
 
-    def evaluate() -> dict[str, float]:
-        if not held_out:
-            return {}
-        found = agreement(ScalarJudge(trainer.scorer(), renderer), held_out)
-        write_atomically(run.directory / AGREEMENT_FILE, json.dumps(found.report(), indent=1))
-        return found.metrics()
-
     train(
         batch_of,
         config,
         steps=config.steps(len(data)),
         trainer=trainer,
         run=run,
-        evaluate=evaluate,
+        evaluate=lambda: judged(ScalarJudge(trainer.scorer(), renderer), held_out, run),
         eval_every_steps=config.eval_every_steps,
         loss="bradley_terry",
         settings={"center": config.center, "label_smoothing": config.label_smoothing},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 
 from tercet.algorithms.advantages import is_constant
 from tercet.algorithms.rollouts import Answer
+from tercet.types import as_messages
 
 
 def length_metrics(answers: Sequence[Answer]) -> dict[str, float]:
@@ -61,23 +63,32 @@ def sampler_metrics(answers: Sequence[Answer], logprobs: Sequence[Sequence[float
 
 
 def sample_rows(
-    groups: Sequence[Sequence[Answer]], rewards: Sequence[Sequence[float]], advantage: Sequence[Sequence[float]]
+    groups: Sequence[Sequence[Answer]],
+    rewards: Sequence[Sequence[float]],
+    learned_from: Sequence[Sequence[float]],
+    name: str = "advantage",
 ) -> list[dict[str, object]]:
-    """What was sampled, as rows of `samples.jsonl`."""
+    """What was sampled, as rows of `samples.jsonl`: rewards, and under `name` what was made of them to learn from."""
     return [
         {
             "group": g,
             "index": i,
-            "prompt": [{"role": m.role, "content": m.content} for m in each.prompt],
+            "prompt": as_messages(each.prompt),
             "completion": each.message.content,
             "reward": rewards[g][i],
-            "advantage": advantage[g][i],
+            name: learned_from[g][i],
             "tokens": len(each.completion.tokens),
             "stop_reason": each.completion.stop_reason,
         }
         for g, group in enumerate(groups)
         for i, each in enumerate(group)
     ]
+
+
+def times(clock: Sequence[float], *parts: str) -> dict[str, float]:
+    """Seconds of each part of a step, and of all of it; `clock` was read before the first and after each."""
+    found = {f"time/{part}_s": b - a for part, (a, b) in zip(parts, itertools.pairwise(clock), strict=True)}
+    return {**found, "time/step_s": clock[-1] - clock[0]}
 
 
 def _correlation(xs: Sequence[float], ys: Sequence[float]) -> float:

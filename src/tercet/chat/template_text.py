@@ -9,7 +9,7 @@ from functools import lru_cache
 from tercet.chat.encoding import Tokenizer
 from tercet.chat.pieces import named
 from tercet.errors import DataError, ModelError
-from tercet.types import Conversation, Message
+from tercet.types import Conversation, Message, as_messages
 
 CACHED_TEXTS = 512
 
@@ -128,7 +128,7 @@ class TemplateText:
             # tokenize=False: as tokens the return type differs between transformers 4 and 5.
             return str(
                 self.tokenizer.apply_chat_template(
-                    [{"role": message.role, "content": message.content} for message in conversation],
+                    as_messages(conversation),
                     tokenize=False,
                     add_generation_prompt=generate,
                     **({"chat_template": self._marked_template} if marked else {}),

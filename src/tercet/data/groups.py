@@ -19,7 +19,7 @@ from tercet.data.files import Unreadable
 from tercet.data.sources import open_source
 from tercet.data.turns import BadRow, Row, answer_turns, ends_with_user, messages, need, number, prompt_turns, text
 from tercet.errors import DataError
-from tercet.types import Conversation, Message
+from tercet.types import Conversation, Message, as_messages
 
 Columns = Literal["tercet", "published"]
 _SIDES = {"chosen": ("chosen",), "reject": ("reject", "rejected")}
@@ -51,7 +51,7 @@ class Sampled:
             "logprobs": None if self.logprobs is None else list(self.logprobs),
             "stop_reason": self.stop_reason,
             "reward": self.reward,
-            "after": turns_of(self.after) or None,
+            "after": as_messages(self.after) or None,
         }
         return {name: value for name, value in known.items() if value is not None}
 
@@ -70,7 +70,7 @@ class Group:
         """The group as a row of a file."""
         tokens = {} if self.prompt_tokens is None else {"prompt_tokens": list(self.prompt_tokens)}
         if columns == "tercet":
-            own = {"prompt": turns_of(self.prompt), **tokens, "completions": [each.row() for each in self.answers]}
+            own = {"prompt": as_messages(self.prompt), **tokens, "completions": [each.row() for each in self.answers]}
             return {**own, **self.columns}
         flat: dict[str, Any] = {"prompt": plain(self.prompt), **tokens}
         for i, each in enumerate(self.answers):
@@ -165,12 +165,7 @@ def plain(conversation: Conversation) -> str | list[dict[str, str]]:
     """A single turn of the user as text, anything else as turns."""
     if len(conversation) == 1 and conversation[0].role == "user":
         return conversation[0].content
-    return turns_of(conversation)
-
-
-def turns_of(conversation: Conversation) -> list[dict[str, str]]:
-    """Turns as rows have them."""
-    return [{"role": message.role, "content": message.content} for message in conversation]
+    return as_messages(conversation)
 
 
 def _rows(source: str, split: str) -> Iterator[tuple[str, Row]]:

@@ -61,7 +61,7 @@ def forward_backward(
     if loss.separable or len(pieces) <= 1:
         for piece in pieces:
             said = step.said(piece)
-            step.objective(step.fed(piece, said), piece.places, piece.pairs).backward()  # type: ignore[no-untyped-call]
+            step.objective(step.fed(piece, said), piece).backward()  # type: ignore[no-untyped-call]
             step.note(piece, said)
     else:
         # The loss over all rows gives the gradient with respect to what the model says of each; the second pass
@@ -72,7 +72,7 @@ def forward_backward(
         places = [place for piece in pieces for place in piece.places]
         order = torch.tensor(np.argsort(places), device=body.device)
         rows = {name: leaf[order] for name, leaf in leaves.items()}
-        step.objective(rows, sorted(places), range(len(batch.pairs))).backward()  # type: ignore[no-untyped-call]
+        step.objective(rows, _whole(batch)).backward()  # type: ignore[no-untyped-call]
         sizes = [len(piece.places) for piece in pieces]
         gradients = {
             name: torch.split(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, sizes)
@@ -131,12 +131,11 @@ class _Step:
                 found[name] = (padded * weights.to(padded.dtype)).sum(-1)
         return found
 
-    def objective(self, fed: Mapping[str, Tensor], places: Sequence[int], pairs: Sequence[int]) -> Tensor:
-        """The part of the normalised loss that these rows and pairs contribute; noted with its metrics."""
+    def objective(self, fed: Mapping[str, Tensor], piece: _Piece) -> Tensor:
+        """The part of the normalised loss that a piece's rows and pairs contribute; noted with its metrics."""
         loss, batch, device = self.loss, self.batch, self.device
-        data = [batch.data[place] for place in places]
+        data, wanted, pairs = piece.data, piece.wanted, piece.pairs
         inputs = [fed[name] for name in loss.inputs]
-        wanted = [np.flatnonzero(np.asarray(datum.weights)) for datum in data]
         streams = {
             name: _padded_stream([datum.streams[name] for datum in data], wanted, device) for name in loss.streams
         }
@@ -147,7 +146,7 @@ class _Step:
         if loss.per == "row":
             weights = torch.tensor([_row_weight(loss, datum) for datum in data], device=device)
         elif loss.per == "pair":
-            row = {place: i for i, place in enumerate(places)}
+            row = {place: i for i, place in enumerate(piece.places)}
             chosen, rejected = (
                 torch.tensor([row[batch.pairs[i][side]] for i in pairs], dtype=torch.long, device=device)
                 for side in (0, 1)
@@ -203,10 +202,9 @@ def from_logprobs(batch: Batch, loss_name: str, logprobs: Tensor, **settings: fl
     loss = _checked_loss(loss_name, None, batch, settings)
     if not set(loss.inputs) <= {"logprobs", "lengths"}:
         raise EngineError(f"the loss {loss_name} reads {', '.join(loss.inputs)}, and only log-probs are known here")
-    wanted = [np.flatnonzero(np.asarray(datum.weights)) for datum in batch.data]
-    whole = _Piece(list(range(len(batch.data))), list(batch.data), wanted, list(range(len(batch.pairs))))
+    whole = _whole(batch)
     step = _Step(loss_name, None, batch, settings)
-    objective = step.objective(step.fed(whole, {"logprobs": logprobs}), whole.places, whole.pairs)
+    objective = step.objective(step.fed(whole, {"logprobs": logprobs}), whole)
     _scatter(step.logprobs, whole, logprobs)
     return objective, step.result()
 
@@ -261,9 +259,16 @@ def _pieces(body: Body, batch: Batch, max_tokens: int) -> Iterator[_Piece]:
     for i, (chosen, _) in enumerate(batch.pairs):
         home.setdefault(chosen, []).append(i)
     for places in body.micro_batches(batch, max_tokens):
-        data = [batch.data[i] for i in places]
-        wanted = [np.flatnonzero(np.asarray(datum.weights)) for datum in data]
-        yield _Piece(places, data, wanted, [pair for i in places for pair in home.get(i, [])])
+        yield _piece(batch, places, [pair for i in places for pair in home.get(i, [])])
+
+
+def _whole(batch: Batch) -> _Piece:
+    return _piece(batch, list(range(len(batch.data))), list(range(len(batch.pairs))))
+
+
+def _piece(batch: Batch, places: list[int], pairs: list[int]) -> _Piece:
+    data = [batch.data[i] for i in places]
+    return _Piece(places, data, [np.flatnonzero(np.asarray(datum.weights)) for datum in data], pairs)
 
 
 def _check_tokens(body: Body, batch: Batch) -> None:

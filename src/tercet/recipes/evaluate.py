@@ -16,7 +16,7 @@ from tercet.evaluation.win_rate import WinRate, win_rate
 from tercet.recipes.rows import Question
 from tercet.recipes.session import Session
 from tercet.rewards.judge import Compares
-from tercet.types import SamplingParams
+from tercet.types import SamplingParams, as_messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class Arena:
             "policies": {name: self._policy(rows, policies[name], policies[start]) for name, rows in answers.items()},
             "samples": [
                 {
-                    "prompt": [{"role": m.role, "content": m.content} for m in each.prompt],
+                    "prompt": as_messages(each.prompt),
                     "answers": {name: rows[i].message.content for name, rows in answers.items() if i < len(rows)},
                 }
                 for i, each in enumerate(self.questions)

@@ -10,9 +10,9 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tercet.data.groups import Sampled, turns_of
+from tercet.data.groups import Sampled
 from tercet.errors import TercetError, UsageError
-from tercet.types import Conversation
+from tercet.types import Conversation, as_messages
 
 TRIES = 4
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
@@ -35,7 +35,7 @@ class ForeignModel:
             TercetError: The server fails, or answers something else.
         """
         choices = self.complete(
-            turns_of(prompt), n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
+            as_messages(prompt), n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
         )
         return [
             Sampled(

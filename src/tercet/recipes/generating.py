@@ -11,16 +11,16 @@ from tercet import data
 from tercet.algorithms.dialogues import Grown, User, branched, branches
 from tercet.algorithms.rollouts import answer
 from tercet.config import to_mapping
-from tercet.data.groups import Columns, Group, Sampled, turns_of
+from tercet.data.groups import Columns, Group, Sampled
 from tercet.engine.base import Sampler
 from tercet.errors import ConfigError, DataError, UsageError
 from tercet.recipes.foreign import ForeignModel
 from tercet.recipes.row_files import check_new, write_rows
-from tercet.recipes.rows import rows_sha256
+from tercet.recipes.rows import count_left_out, rows_sha256
 from tercet.recipes.session import FREE, Say, Session, check_positive, open_session, settings_of
 from tercet.recipes.trained import BASE, TrainedConfig, policy_at
 from tercet.rewards.functions import load_function
-from tercet.types import Conversation, Message, SamplingParams
+from tercet.types import Conversation, Message, SamplingParams, as_messages
 
 # Answers are a function of (seed, place of the prompt): the size of a batch must not be a setting.
 PROMPTS_AT_ONCE = 64
@@ -186,7 +186,7 @@ def simulated_user(session: Session, place: str) -> User:
         function = load_function(place)
 
         def spoken(dialogues: Sequence[Conversation], params: SamplingParams) -> list[str]:
-            said = function([turns_of(dialogue) for dialogue in dialogues])
+            said = function([as_messages(dialogue) for dialogue in dialogues])
             if len(said) != len(dialogues) or not all(isinstance(words, str) and words.strip() for words in said):
                 raise DataError(f"the user {place} gave {said!r:.80} for {len(dialogues)} dialogues; each wants words")
             return list(said)
@@ -252,9 +252,8 @@ def _prompts(session: Session, config: GenerateConfig) -> list[Conversation]:
             f"{config.data}: prompt {long[0] + 1} has {lengths[long[0]]} tokens, and beside an answer of {max_tokens} "
             f"the model takes {limit}; shorten it, lower max_tokens, or pass --skip-bad-rows to leave such prompts out"
         )
-    if long:
-        session.say(f"{len(long)} of {len(lengths)} prompts have more than {limit} tokens and are left out")
     kept = [prompt for prompt, length in zip(loaded.rows, lengths, strict=True) if length <= limit]
+    count_left_out(session, loaded.rows, kept, f"prompts have more than {limit} tokens")
     if not kept:
         raise DataError(f"every prompt of {config.data} has more than {limit} tokens")
     return kept

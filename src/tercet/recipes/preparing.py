@@ -12,12 +12,12 @@ import yaml
 from tercet.algorithms.prepare import Prepared, Select, SelectionConfig, prepare
 from tercet.chat.renderers import Renderer, renderer
 from tercet.config import to_mapping
-from tercet.data.groups import RankedPair, load_groups, turns_of
+from tercet.data.groups import RankedPair, load_groups
 from tercet.errors import UsageError
 from tercet.recipes.row_files import write_whole
 from tercet.recipes.session import Say, settings_of
 from tercet.runs.durable import beside, sync, write_atomically
-from tercet.types import Conversation, Message
+from tercet.types import Conversation, Message, as_messages
 
 Kind = Literal["jsonl", "parquet"]
 ACCOUNT = "prepared.yaml"
@@ -101,4 +101,4 @@ def write_prepared(
 def _row(pair: RankedPair, select: Select) -> dict[str, Any]:
     if select != "best":
         return pair.row()
-    return {"messages": turns_of((*pair.prompt, *pair.chosen.conversation)), "reward": pair.chosen.reward}
+    return {"messages": as_messages((*pair.prompt, *pair.chosen.conversation)), "reward": pair.chosen.reward}

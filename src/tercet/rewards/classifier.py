@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.errors import ModelError, RewardError
-from tercet.rewards.interface import Candidate, as_messages
+from tercet.rewards.interface import Candidate
+from tercet.types import as_messages
 
 if TYPE_CHECKING:
     from torch import Tensor

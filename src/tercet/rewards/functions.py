@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tercet.errors import RewardError, UsageError
-from tercet.rewards.interface import Candidate, as_messages
-from tercet.types import Conversation
+from tercet.rewards.interface import Candidate
+from tercet.types import Conversation, as_messages
 
 Shows = Literal["messages", "text"]
 

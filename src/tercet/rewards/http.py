@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tercet.errors import ConfigError, RewardError
 from tercet.rewards.functions import checked_rewards
-from tercet.rewards.interface import Candidate, as_messages
+from tercet.rewards.interface import Candidate
+from tercet.types import as_messages
 
 # What may pass by itself: too many requests, and a server that is starting, busy or overtaxed.
 PASSING = frozenset({408, 429, 500, 502, 503, 504})

@@ -24,11 +24,6 @@ class Candidate:
         return "\n\n".join(message.content for message in self.answer)
 
 
-def as_messages(turns: Conversation) -> list[dict[str, str]]:
-    """Turns as plain data."""
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
-
-
 class AnswerReward(Protocol):
     """Looks at one answer at a time."""
 
