@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tercet.algorithms.advantages import Scale, advantages
+from tercet.algorithms.importance import as_drawn, corrected, weighted
 from tercet.algorithms.rollout_metrics import (
     kl_metrics,
     length_metrics,
@@ -20,16 +21,13 @@ from tercet.algorithms.rollout_metrics import (
 from tercet.algorithms.rollouts import Answer, RolloutConfig, answer, log_ratios, tournament_rewards
 from tercet.algorithms.steps import learn, rows_of_step
 from tercet.chat.renderers import Renderer
-from tercet.engine.base import Sampler, Trainer
+from tercet.engine.base import LOGPROB_TOLERANCE, Sampler, Trainer
 from tercet.errors import ConfigError, TrainingError
 from tercet.rewards.judge import Compares, Verdict
 from tercet.rewards.tournament import Pattern, matches
 from tercet.runs.run import Run
 from tercet.types import Batch, Conversation
 
-# Mean difference, in nats a token, of log-probs found by two routes. Float32 gives 1e-6, bfloat16 about 0.01; above
-# this it is not the same model.
-LOGPROB_TOLERANCE = 0.05
 # A run samples step after step with seeds of its own; the next run's begin beyond them.
 SEEDS_PER_RUN = 1_000_000
 
@@ -38,10 +36,12 @@ SEEDS_PER_RUN = 1_000_000
 class RLConfig(RolloutConfig):
     """The third stage."""
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls."""
+    steps: int = 20
+    """Rounds of sampling and learning."""
     group_size: int = 4
     """Answers per prompt; they meet each other."""
     pattern: Pattern = "both_ways"
@@ -58,13 +58,18 @@ class RLConfig(RolloutConfig):
     """The policy-gradient loss."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference (the SFT policy), taken off the reward of each answer."""
+    importance_cap: float = 3.0
+    """Where another program draws the answers (sampler vllm), each counts as often as the trainer finds it likelier;
+    above this, not at all."""
     substeps: int = 1
     """Optimizer steps per round; the groups are dealt out among them."""
-    eval_every_steps: int = 12
+    eval_every_steps: int = 10
     """Steps between win-rate evaluations; 0 evaluates only at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.importance_cap < 1:
+            raise ConfigError(f"importance_cap is {self.importance_cap}; it must be at least 1 (3 is usual)")
         matches(self.group_size, pattern=self.pattern, chunk=self.chunk)
         if not 1 <= self.substeps <= self.prompts_per_step:
             raise ConfigError(
@@ -83,6 +88,7 @@ def policy_gradient(
     run: Run,
     evaluate: Callable[[Sampler, int], Mapping[str, float]],
     seed: int,
+    foreign_sampler: bool = False,
 ) -> None:
     """Sample, judge, learn, from wherever the run stands.
 
@@ -96,6 +102,7 @@ def policy_gradient(
         run: Where it is written down; its total steps are `config.steps`.
         evaluate: Measures a policy after so many steps.
         seed: Of the order and of every sample.
+        foreign_sampler: Whether another program draws than the one that trains, so that their log-probs differ.
     """
     start = run.start()
     if run.is_done:
@@ -111,6 +118,11 @@ def policy_gradient(
         groups = answer(
             chosen, sampler, renderer, config.sampling(renderer, seed * SEEDS_PER_RUN + step), config.group_size
         )
+        groups, weights, seen = (
+            corrected(groups, trainer, temperature=config.temperature, cap=config.importance_cap)
+            if foreign_sampler
+            else as_drawn(groups)
+        )
         clock.append(time.monotonic())
         rewards, judged = tournament_rewards(
             groups, judge, pattern=config.pattern, chunk=config.chunk, format_penalty=config.format_penalty
@@ -119,9 +131,9 @@ def policy_gradient(
         penalised = [
             [r - config.kl_coef * sum(d) for r, d in zip(*pair, strict=True)] for pair in zip(rewards, kl, strict=True)
         ]
-        advantage = advantages(penalised, scale=config.scale)
+        advantage = weighted(advantages(penalised, scale=config.scale), weights)
         clock.append(time.monotonic())
-        learned = learn_groups(config, groups, advantage, step, trainer=trainer, run=run)
+        learned = {**learn_groups(config, groups, advantage, step, trainer=trainer, run=run), **seen}
         clock.append(time.monotonic())
         checked = self_check(learned, kl) if step == 0 else {}
         run.samples(step, sample_rows(groups, penalised, advantage))

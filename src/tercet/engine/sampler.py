@@ -34,6 +34,12 @@ class Stops:
     eos: frozenset[int]
     decode: Callable[[list[int]], str]
 
+    @classmethod
+    def of(cls, params: SamplingParams, eos: frozenset[int], decode: Callable[[list[int]], str]) -> Stops:
+        """What ends a completion drawn so, with the model's own ends of a text."""
+        tokens = frozenset(stop for stop in params.stop if isinstance(stop, int))
+        return cls(tokens, tuple(stop for stop in params.stop if isinstance(stop, str)), eos, decode)
+
     def reason(self, tokens: list[int], limit: int) -> StopReason | None:
         """Why the completion ends after its last token, or None while it goes on."""
         if tokens[-1] in self.tokens:
@@ -93,12 +99,7 @@ def generate(
             )
     if not prompts:
         return []
-    stops = Stops(
-        frozenset(s for s in params.stop if isinstance(s, int)),
-        tuple(s for s in params.stop if isinstance(s, str)),
-        eos,
-        decode,
-    )
+    stops = Stops.of(params, eos, decode)
     rows = min(max_rows, len(prompts) * n)
     origins = [(params.seed, i) if seeds is None else (seeds[i], 0) for i in range(len(prompts))]
     if body.whole is not None:

@@ -25,7 +25,8 @@ LAYERS = frozenset({
 # Blocks are chosen for products with this many rows; other numbers work with them as well.
 ROWS = 128
 
-Source = tuple["ReferenceType[Tensor]", int]
+# `model.to(dtype)` puts other numbers under the same parameter without counting up its version.
+Source = tuple["ReferenceType[Tensor]", int, torch.dtype]
 
 
 def frozen_llama(trunk: nn.Module, head: nn.Module) -> FrozenLlama | None:
@@ -44,7 +45,7 @@ _KEPT: WeakKeyDictionary[nn.Module, FrozenLlama] = WeakKeyDictionary()
 
 
 def is_known(trunk: Any, head: Any) -> bool:
-    """Whether a model is of the kind computed here, down to the class of every part, and lies in float32 on a CPU."""
+    """Whether a model is of the kind computed here, down to the class of every part, and lies on a CPU."""
     layers = getattr(trunk, "layers", ())
     if not layers or {type(layer).__name__ for layer in layers} - LAYERS:
         return False
@@ -60,7 +61,13 @@ def is_known(trunk: Any, head: Any) -> bool:
         return False
     if 2 * len(trunk.rotary_emb.inv_freq) != layers[0].self_attn.head_dim:
         return False
-    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in [*trunk.parameters(), *head.parameters()])
+    kinds = {(p.dtype, p.device.type) for p in [*trunk.parameters(), *head.parameters()]}
+    return kinds == {(torch.float32, "cpu")} or (kinds == {(torch.bfloat16, "cpu")} and multiplies_bfloat16())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16; without them such weights only save memory."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class FrozenLlama:
@@ -76,14 +83,14 @@ class FrozenLlama:
         """Take over the parameters that are not the ones already laid out."""
         self.embedding = trunk.embed_tokens.weight
         self.norm.refresh(trunk.norm)
-        self.head.refresh([head])
+        self.head.refresh([head], dtype=torch.float32)
         for layer, source in zip(self.layers, trunk.layers, strict=True):
             layer.refresh(source)
 
     def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Last hidden states (T, D) of one packed row (T,)."""
         h = functional.embedding(tokens, self.embedding)
-        cos, sin = self.rotary(h[None], positions[None])
+        cos, sin = self.rotary(h.new_empty(0, dtype=torch.float32), positions[None])
         half = cos.shape[-1] // 2
         turn = torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())[:, None]
         for i, layer in enumerate(self.layers):
@@ -91,8 +98,8 @@ class FrozenLlama:
         return self.norm(h)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V) of hidden states (N, D)."""
-        return self.head(hidden)
+        """Logits (N, V) of hidden states (N, D), in float32."""
+        return self.head(hidden.float())
 
 
 class _Linear:
@@ -102,7 +109,7 @@ class _Linear:
         self.sources: list[Source] = []
         self.weight, self.bias = torch.empty(0), cast(Tensor | None, None)
 
-    def refresh(self, parts: Sequence[Any], order: Tensor | None = None) -> None:
+    def refresh(self, parts: Sequence[Any], order: Tensor | None = None, *, dtype: torch.dtype | None = None) -> None:
         """Lay the weights out, rows in the given order, unless they are those already laid out."""
         tensors = [p for part in parts for p in (part.weight, part.bias) if p is not None]
         if _same(self.sources, tensors):
@@ -111,6 +118,7 @@ class _Linear:
         bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
         if order is not None:
             weight, bias = weight[order], bias if bias is None else bias[order]
+        weight, bias = weight.to(dtype or weight.dtype), bias if bias is None else bias.to(dtype or bias.dtype)
         self.weight = torch.empty(0)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
         self.bias, self.sources = bias, _sources(tensors)
@@ -176,7 +184,8 @@ class _Layer:
             self.head_eps = attention.q_norm.variance_epsilon
 
     def __call__(self, index: int, h: Tensor, turn: Tensor, layout: Layout) -> Tensor:
-        mixed = self.qkv(self.before_attention(h)).view(len(h), -1, self.d)
+        # Rotation and attention are cheap, and in float32 in any case.
+        mixed = self.qkv(self.before_attention(h)).view(len(h), -1, self.d).float()
         both, value = mixed[:, : self.heads + self.kv_heads], mixed[:, self.heads + self.kv_heads :]
         if self.head_norm is not None:
             both = functional.rms_norm(both, (self.d,), None, self.head_eps).mul_(self.head_norm)
@@ -186,7 +195,7 @@ class _Layer:
         seen = layout.attend(
             index, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self.scale
         ).transpose(0, 1)
-        h = self.out.with_other(seen.reshape(len(h), -1), h, "add")
+        h = self.out.with_other(seen.reshape(len(h), -1).to(h.dtype), h, "add")
         x = self.before_mlp(h)
         return self.down.with_other(self.up.with_other(x, self.gate(x, "swish"), "mul"), h, "add")
 
@@ -200,12 +209,12 @@ def _linears(layer: Any) -> list[Any]:
 
 
 def _sources(tensors: Sequence[Tensor]) -> list[Source]:
-    return [(ref(tensor), tensor._version) for tensor in tensors]
+    return [(ref(tensor), tensor._version, tensor.dtype) for tensor in tensors]
 
 
 def _same(sources: Sequence[Source], tensors: Sequence[Tensor]) -> bool:
     """Whether these are the very tensors, and nobody has written into them since."""
     return len(sources) == len(tensors) and all(
-        known() is tensor and version == tensor._version
-        for (known, version), tensor in zip(sources, tensors, strict=True)
+        known() is tensor and version == tensor._version and dtype == tensor.dtype
+        for (known, version, dtype), tensor in zip(sources, tensors, strict=True)
     )

@@ -15,12 +15,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tercet.errors import ModelError
 from tercet.models import tree_attention
+from tercet.models.frozen_llama import multiplies_bfloat16
+from tercet.models.memory import read_shape
 from tercet.models.names import resolve
 from tercet.models.padded import has_plain_head
 from tercet.models.quiet import quiet
 from tercet.models.takes_tree import context_tokens, require_rows, why_no_tree
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Smaller models spend their time elsewhere than in products.
+BFLOAT16_WEIGHTS = 50_000_000
 DROPOUT = re.compile(r"drop(out|path)?(_prob|_rate)?$|pdrop$")
 
 
@@ -79,7 +83,7 @@ def load_model(
 
     Args:
         name: See `resolve`.
-        dtype: float32, bfloat16 or float16; whatever the file has is converted.
+        dtype: float32, bfloat16, float16, or auto (see `fitting_dtype`); whatever the file has is converted.
         device: cpu, cuda (or cuda:1 ...), or auto: cuda where there is one.
         trust_remote_code: Let Python files that came with the model run.
 
@@ -87,10 +91,12 @@ def load_model(
         ModelError: The model is not there, not whole, or cannot compute sequences side by side; or there is no such
             device.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if dtype not in (*DTYPES, "auto"):
+        raise ModelError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}")
     place = _device(device)
     path = resolve(name, trust_remote_code=trust_remote_code)
+    if dtype == "auto":
+        dtype = fitting_dtype(path, place)
     config = _config(path, name, trust_remote_code)
     own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     no_tree = why_no_tree(config, own_code=own_code)
@@ -121,6 +127,17 @@ def load_model(
     model = model.to(place)
     plain_head = no_tree is None or has_plain_head(model, name)
     return LoadedModel(model, tokenizer, name, path, no_tree, plain_head)
+
+
+def fitting_dtype(path: Path, device: torch.device) -> str:
+    """bfloat16 where products of it are fast and products are what takes the time; else float32."""
+    if device.type == "cuda":
+        return "bfloat16"
+    try:
+        large = read_shape(path).parameters >= BFLOAT16_WEIGHTS
+    except ModelError:
+        return "float32"
+    return "bfloat16" if large and multiplies_bfloat16() else "float32"
 
 
 def _device(device: str) -> torch.device:

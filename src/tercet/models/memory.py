@@ -34,7 +34,7 @@ class Shape:
     """Learned positions; 0 when they are rotated."""
     experts: int
     laid_out: bool = False
-    """Whether frozen weights are kept once more in float32 on a CPU, in the blocks in which they are multiplied."""
+    """Whether frozen weights are kept once more on a CPU, in the blocks in which they are multiplied."""
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -62,7 +62,7 @@ class Memory:
     merged: int
     """The sampler's copy of the layers that have an adapter, merged."""
     laid_out: int
-    """The sampler's linear layers and head once more, in the blocks in which a CPU multiplies them."""
+    """The sampler's linear layers and, in float32, its head once more, in the blocks in which a CPU multiplies them."""
     trained: int
     """What is trained, with its gradient and the two moments of Adam, in float32."""
     activations: int
@@ -163,13 +163,12 @@ def estimate(
     return Memory(
         base=model.parameters * size,
         merged=(linear if rank else model.parameters) * size if sampled_rows else 0,
-        laid_out=(linear + model.vocabulary * model.hidden) * size
-        if model.laid_out and on_cpu and dtype == "float32"
-        else 0,
+        laid_out=linear * size + model.vocabulary * model.hidden * 4 if model.laid_out and on_cpu else 0,
         trained=trained * 4 * 4,
         activations=micro_batch_tokens * model.layers * _kept_per_token(model, rank) * size,
         head=HEAD_COPIES * HEAD_TOKENS * model.vocabulary * 4,
-        kv_cache=kv_tokens * model.layers * 2 * model.kv_heads * model.head_size * size,
+        # On a CPU attention is in float32, whatever the weights are in.
+        kv_cache=kv_tokens * model.layers * 2 * model.kv_heads * model.head_size * (4 if on_cpu else size),
     )
 
 

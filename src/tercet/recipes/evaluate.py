@@ -23,7 +23,7 @@ from tercet.types import SamplingParams, as_messages
 class EvaluationConfig:
     """How policies are compared."""
 
-    prompts: int = 64
+    prompts: int = 100
     """Held-out prompts answered at the end, at most."""
     prompts_while_training: int = 24
     """Held-out prompts answered at evaluations during RL; the first of the same."""

@@ -46,13 +46,13 @@ class RLHFConfig(SetupConfig):
     """Folder of the run; the same command goes on where it stood."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Stage 1."""
-    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=44))
-    """Stage 2. Of the built-in comparisons 44 steps are enough; set max_steps to null to learn all of a larger set."""
+    preference: PreferenceConfig = field(default_factory=lambda: PreferenceConfig(max_steps=64))
+    """Stage 2. Of the built-in comparisons 64 steps are enough; set max_steps to null to learn all of a larger set."""
     preference_from: Literal["sft", "base"] = "sft"
     """What the preference model is trained from; the policy of stage 1 learns to compare sooner than the base."""
     held_out_judge: float = 0.25
     """Share of the comparisons that only a second judge learns, which watches RL and is never optimised; 0 has none."""
-    judge: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(max_steps=10))
+    judge: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(max_steps=12))
     """The second judge: a scalar reward model, so that it differs in kind as well. Its comparisons are stage 2's."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """How the policy learns in stage 3, and so from what."""

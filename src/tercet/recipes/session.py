@@ -37,7 +37,8 @@ class MachineConfig:
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; auto is bfloat16 on CUDA and float32 on the CPU. What is trained is float32."""
+    """Of the frozen base; auto is bfloat16 on CUDA and, for models from 50 million weights on, on a CPU that multiplies
+    it (AVX512-BF16, AMX); else float32. What is trained is float32."""
     threads: int | None = None
     """CPU threads; null takes one for every core this process may use."""
     max_rows: int = 128
@@ -56,6 +57,8 @@ class SetupConfig(MachineConfig):
     """The base model: smollm2-135m, tiny, a local directory, or a hub id."""
     engine: Literal["local", "tinker"] = "local"
     """Where weights are: local (this machine), or tinker, a service that TINKER_BASE_URL and TINKER_API_KEY lead to."""
+    sampler: Literal["local", "vllm"] = "local"
+    """What draws answers: local, or vllm, which takes over the policy's weights at each step (docs/engine.md)."""
     renderer: str = "auto"
     """How conversations become tokens: chat_template, role_colon, or auto (the template when there is one)."""
     method: Literal["lora", "full"] = "lora"
@@ -169,6 +172,7 @@ def open_session(setup: SetupConfig, say: Say) -> Session:
     say(
         f"model: {setup.model}, {millions:,.3g} million weights, on {loaded.model.device.type} ({dtype}, "
         f"{threads} thread{'s' if threads > 1 else ''}), renderer {chosen.name}"
+        f"{', answers drawn by vLLM' if setup.sampler == 'vllm' else ''}"
     )
     return Session(setup, engine, loaded.tokenizer, chosen, say)
 
@@ -178,16 +182,19 @@ def local_engine(setup: SetupConfig) -> LocalEngine:
     import torch
 
     from tercet.engine.local import LocalEngine
+    from tercet.engine.vllm_sampler import VllmEngine, require_vllm
     from tercet.models.load import load_model
     from tercet.runs.environment import environment
 
+    if setup.sampler == "vllm":
+        require_vllm()
     check_positive({"micro_batch_tokens": setup.micro_batch_tokens, "max_rows": setup.max_rows})
     check_positive({} if setup.threads is None else {"threads": setup.threads})
     torch.set_num_threads(setup.threads or max(1, int(environment()["cpus"])))
     device = device_of(setup)
-    dtype = setup.dtype if setup.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
-    loaded = load_model(setup.model, dtype=dtype, device=device, trust_remote_code=setup.trust_remote_code)
-    return LocalEngine(loaded, micro_batch_tokens=setup.micro_batch_tokens, max_rows=setup.max_rows)
+    loaded = load_model(setup.model, dtype=setup.dtype, device=device, trust_remote_code=setup.trust_remote_code)
+    kind = VllmEngine if setup.sampler == "vllm" else LocalEngine
+    return kind(loaded, micro_batch_tokens=setup.micro_batch_tokens, max_rows=setup.max_rows)
 
 
 def device_of(setup: MachineConfig) -> str:
@@ -202,6 +209,8 @@ def _open_service(setup: SetupConfig, say: Say) -> Session:
     from tercet.engine.remote import ALPHA, RemoteEngine
     from tercet.models.load import load_context_tokens, load_tokenizer
 
+    if setup.sampler != "local":
+        raise ConfigError(f"sampler is {setup.sampler}, and engine tinker draws answers at the service; leave it local")
     if setup.method != "lora" or setup.lora.alpha != ALPHA or setup.lora.targets != LoraConfig().targets:
         raise ConfigError(
             f"engine tinker trains adapters of lora.alpha {ALPHA:g} on lora.targets {LoraConfig().targets}; got method "

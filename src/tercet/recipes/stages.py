@@ -166,7 +166,7 @@ def run_rl(
             reference = session.engine.sampler(init)
             policy_gradient(
                 config, prompts, session.renderer, judge, reference,
-                trainer=trainer, run=run, evaluate=evaluate, seed=setup.seed,
+                trainer=trainer, run=run, evaluate=evaluate, seed=setup.seed, foreign_sampler=setup.sampler != "local",
             )  # fmt: skip
         return run.final_weights
 

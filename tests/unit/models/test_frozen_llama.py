@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from tercet.engine.collate import forest
 from tercet.engine.outputs import Body, forest_layout
 from tercet.models import tree_attention
-from tercet.models.frozen_llama import frozen_llama
+from tercet.models.frozen_llama import frozen_llama, multiplies_bfloat16
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -49,9 +49,9 @@ def both(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     fast = frozen_llama(body.trunk, body.head)
     assert fast is not None
     with torch.inference_mode():
-        plain = body.head(body.hidden(packed.tokens, packed.positions, layout))
         tokens, positions = torch.from_numpy(packed.tokens), torch.from_numpy(packed.positions)
-        return plain, fast.logits(fast.hidden(tokens, positions, layout))
+        out = body.trunk(input_ids=tokens[None], position_ids=positions[None], use_cache=False, layout=layout)
+        return body.head(out.last_hidden_state[0]), fast.logits(fast.hidden(tokens, positions, layout))
 
 
 @pytest.mark.parametrize("model_type", KNOWN)
@@ -59,6 +59,17 @@ def test_the_logits_are_the_models(model_type):
     plain, fast = both(made(model_type))
     assert plain.std() > 0.1
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="needs a CPU that multiplies bfloat16")
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_bfloat16_is_no_further_from_float32_than_the_models_own(model_type):
+    model = made(model_type)
+    exact, _ = both(model)
+    plain, fast = both(model.to(torch.bfloat16))
+    assert fast.dtype == torch.float32
+    ours, theirs = ((each.float() - exact).square().mean().sqrt() for each in (fast, plain))
+    assert 0 < ours < 1.2 * theirs
 
 
 def test_scaled_rotation_is_the_models():
@@ -120,12 +131,12 @@ def test_other_architectures_have_no_fast_form(model_type):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to(torch.float16),
         lambda model: setattr(model.model.layers[1], "__class__", foreign(model.model.layers[1])),
         lambda model: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.GELU()),
         lambda model: setattr(model.model.layers[1].mlp, "up_proj", torch.nn.Sequential(torch.nn.Linear(32, 48))),
     ],
-    ids=["bfloat16", "a layer of that name from elsewhere", "activation", "not a linear layer"],
+    ids=["float16", "a layer of that name from elsewhere", "activation", "not a linear layer"],
 )
 def test_a_part_that_is_not_known_is_noticed_even_after_the_first_time(change):
     model = made("llama")

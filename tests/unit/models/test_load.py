@@ -8,7 +8,8 @@ from transformers import LlamaConfig
 
 from tercet.errors import ModelError
 from tercet.models import tree_attention
-from tercet.models.load import load_model, load_tokenizer
+from tercet.models.frozen_llama import multiplies_bfloat16
+from tercet.models.load import fitting_dtype, load_model, load_tokenizer
 from tercet.models.tiny import tiny_model
 
 
@@ -42,8 +43,23 @@ def test_weights_in_bfloat16_are_loaded_as_the_dtype_asked_for(tmp_path):
     save_file(half, directory / "model.safetensors", metadata={"format": "pt"})
     for dtype in ("float32", "bfloat16"):
         assert {p.dtype for p in load_model(str(directory), dtype=dtype).model.parameters()} == {getattr(torch, dtype)}
-    with pytest.raises(ModelError, match="dtype is 'int4'; it must be one of float32"):
+    with pytest.raises(ModelError, match="dtype is 'int4'; it must be auto or one of float32"):
         load_model(str(directory), dtype="int4")
+
+
+def test_the_fitting_dtype_is_bfloat16_where_it_is_fast_and_the_model_large_enough_to_gain(tmp_path):
+    large = {
+        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+    }  # fmt: skip
+    for name, layers in (("large", 30), ("small", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**large, "num_hidden_layers": layers}))
+    fast = "bfloat16" if multiplies_bfloat16() else "float32"
+    assert fitting_dtype(tmp_path / "large", torch.device("cpu")) == fast
+    assert fitting_dtype(tmp_path / "small", torch.device("cpu")) == "float32"
+    assert fitting_dtype(tmp_path / "small", torch.device("cuda")) == "bfloat16"
+    assert load_model(str(tiny_model(tmp_path / "tiny")), dtype="auto").model.dtype == torch.float32
 
 
 def test_tied_embeddings_stay_one_tensor(tmp_path):

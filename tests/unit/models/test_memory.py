@@ -71,8 +71,11 @@ def test_activations_are_estimated_to_a_tenth(tmp_path):
 
 
 def test_the_cache_of_a_batch_is_two_numbers_a_head_and_token():
-    memory = estimate(shape(SMOLLM2), sampled_rows=128, row_tokens=200, dtype="bfloat16")
+    memory = estimate(shape(SMOLLM2), sampled_rows=128, row_tokens=200, dtype="bfloat16", on_cpu=False)
     assert memory.kv_cache == 128 * 200 * 30 * 2 * 3 * 64 * 2
+    # Attention on a CPU is in float32.
+    on_cpu = estimate(shape(SMOLLM2), sampled_rows=128, row_tokens=200, dtype="bfloat16")
+    assert on_cpu.kv_cache == 2 * memory.kv_cache
     assert memory.merged == 2 * 30 * (576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536)
 
 
@@ -92,9 +95,9 @@ def test_the_copy_laid_out_for_the_cpu_is_counted_exactly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "settings"), [("gpt2", {}), ("llama", {"dtype": "bfloat16"}), ("llama", {"on_cpu": False})]
+    ("model_type", "settings"), [("gpt2", {}), ("gpt2", {"dtype": "bfloat16"}), ("llama", {"on_cpu": False})]
 )
-def test_nothing_is_laid_out_for_another_kind_of_model_dtype_or_device(model_type, settings):
+def test_nothing_is_laid_out_for_another_kind_of_model_or_device(model_type, settings):
     model = shape(json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False)))
     assert estimate(model, **settings).laid_out == 0
 
