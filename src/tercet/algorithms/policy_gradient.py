@@ -40,7 +40,7 @@ class RLConfig(RolloutConfig):
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls."""
-    steps: int = 20
+    steps: int = 16
     """Rounds of sampling and learning."""
     group_size: int = 4
     """Answers per prompt; they meet each other."""
@@ -63,7 +63,7 @@ class RLConfig(RolloutConfig):
     above this, not at all."""
     substeps: int = 1
     """Optimizer steps per round; the groups are dealt out among them."""
-    eval_every_steps: int = 10
+    eval_every_steps: int = 8
     """Steps between win-rate evaluations; 0 evaluates only at the end."""
 
     def __post_init__(self) -> None:
