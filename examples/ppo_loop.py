@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     args = parser.parse_args()
 
-    engine = LocalEngine(load_model(args.model))
+    engine = LocalEngine(load_model(args.model, dtype="auto"))
     chat = renderer("auto", engine.loaded.tokenizer)
     judge = reward_model(engine, AnswerRenderer(chat, engine.context_tokens), args.judge_steps)
     config = PPOStepConfig(mini_batch_size=2, ppo_epochs=4, learning_rate=1e-4, init_kl_coef=0.2, target_kl=0.1)

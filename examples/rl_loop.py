@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from tercet.algorithms.advantages import advantages
+from tercet.algorithms.preference_model import both_orders
 from tercet.algorithms.rollouts import Answer, answer, log_ratios, tournament_rewards
 from tercet.chat.comparisons import ComparisonRenderer
 from tercet.chat.renderers import Renderer, renderer
@@ -46,9 +47,8 @@ def preference_model(engine: LocalEngine, render: Renderer, steps: int, seed: in
     trainer = engine.trainer(lora=LoraConfig(rank=16, alpha=32.0), seed=seed)
     for step in range(steps):
         pairs = [train[index_at(4 * step + i, len(train), seed=seed)] for i in range(4)]
-        # Both orders in one step: otherwise the place of an answer is easier to learn than its worth.
-        batch = Batch([shown.datum(each) for pair in pairs for each in (pair, pair.swapped())])
-        loss = trainer.forward_backward(batch, "cross_entropy").result().loss
+        # Both orders in one loss: otherwise the place of an answer is easier to learn than its worth.
+        loss = trainer.forward_backward(both_orders(pairs, shown), "both_orders").result().loss
         rate = 1e-3 * min((step + 1) / 5, 1 - step / steps)
         trainer.optim_step(AdamParams(learning_rate=rate, max_grad_norm=1.0)).result()
         print(f"preference model  step {step + 1:3}  loss {loss:.4f}")
@@ -64,15 +64,15 @@ def main() -> None:
     about.add_argument("--model", default="smollm2-135m", help="a built-in name, a directory, or a hub id")
     about.add_argument("--reward", choices=("plain", "tournament"), default="plain", help="what is rewarded")
     about.add_argument("--steps", type=int, default=10, help="rounds of sampling and learning")
-    about.add_argument("--judge-steps", type=int, default=40, help="optimizer steps of the preference model")
+    about.add_argument("--judge-steps", type=int, default=56, help="optimizer steps of the preference model")
     about.add_argument("--prompts", type=int, default=8, help="prompts per step")
     about.add_argument("--group", type=int, default=4, help="answers per prompt")
     about.add_argument("--max-tokens", type=int, default=48, help="longest answer")
-    about.add_argument("--learning-rate", type=float, default=2e-4)
+    about.add_argument("--learning-rate", type=float, default=5e-4)
     about.add_argument("--seed", type=int, default=0, help="of adapters, order and samples")
     args = about.parse_args()
 
-    loaded = load_model(args.model)
+    loaded = load_model(args.model, dtype="auto")
     engine = LocalEngine(loaded)
     render = renderer("auto", loaded.tokenizer)
     prompts, asked_at_end = (load_prompts("builtin", split=split).rows for split in ("train", "test"))

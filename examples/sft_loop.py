@@ -49,7 +49,7 @@ def main() -> None:
     about.add_argument("--seed", type=int, default=0, help="of the adapter and of the order of rows")
     args = about.parse_args()
 
-    loaded = load_model(args.model)
+    loaded = load_model(args.model, dtype="auto")
     engine = LocalEngine(loaded)
     render = renderer("auto", loaded.tokenizer)
 

@@ -18,6 +18,7 @@ with app.setup:
 
     from tercet.algorithms.advantages import advantages
     from tercet.algorithms.policy_gradient import RLConfig, policy_gradient
+    from tercet.algorithms.preference_model import both_orders
     from tercet.algorithms.rollouts import answer
     from tercet.chat.comparisons import ComparisonRenderer
     from tercet.chat.encoding import Tokenizer, text_of
@@ -79,9 +80,9 @@ def _():
     MODEL = str(asked.get("model") or "smollm2-135m")
     # The most steps of any stage.
     LIMIT = int(str(asked.get("steps") or 1_000))
-    SFT_STEPS, JUDGE_STEPS, RL_STEPS = (min(LIMIT, steps) for steps in (12, 40, 8))
+    SFT_STEPS, JUDGE_STEPS, RL_STEPS = (min(LIMIT, steps) for steps in (12, 48, 12))
 
-    loaded = load_model(MODEL)
+    loaded = load_model(MODEL, dtype="auto")
     engine = LocalEngine(loaded)
     render = renderer("auto", loaded.tokenizer)
     lora = LoraConfig(rank=16, alpha=32.0)
@@ -139,9 +140,9 @@ def _():
 
 
 @app.function
-def learn_step(trainer: Trainer, batch: Batch, learning_rate: float) -> float:
-    """One step of supervised learning; its loss."""
-    learning = trainer.forward_backward(batch, "cross_entropy")
+def learn_step(trainer: Trainer, batch: Batch, learning_rate: float, loss: str = "cross_entropy") -> float:
+    """One step of learning; its loss."""
+    learning = trainer.forward_backward(batch, loss)
     trainer.optim_step(AdamParams(learning_rate=learning_rate, max_grad_norm=1.0)).result()
     return learning.result().loss
 
@@ -214,13 +215,13 @@ def _():
     ## 2. A model of preference
 
     A comparison is one prompt: the conversation, the first answer, the second answer, and the question which is
-    better. The preference model answers with one token, `A` or `B`, and that token alone is learned. tercet reads
+    better. The preference model answers with one token, `A` or `B`; nothing else is learned. tercet reads
     the *probabilities* of both: their difference, P(B) - P(A), is a margin from -1 (surely the first) to +1
     (surely the second).
 
     Which answer is shown first should not matter. To a model that has just begun it does, very much. So a pair is
-    always shown in both orders: in the same batch when it is learned, and in both when it is judged, where the
-    mean cancels what the place contributes. Choose one of the held-out comparisons:
+    always shown in both orders: in one loss when it is learned (docs/preference.md), and in both when it is judged,
+    where the mean cancels what the place contributes. Choose one of the held-out comparisons:
     """)
     return
 
@@ -251,14 +252,15 @@ def verdicts(judge: Judge, pair: Comparison) -> mo.Html:
 
 
 @app.cell
-def _(JUDGE_STEPS, engine, lora, pairs, shown, unseen_pairs):
-    judge_trainer = engine.trainer(lora=lora, seed=1)
+def _(JUDGE_STEPS, engine, pairs, sft_weights, shown, unseen_pairs):
+    # From the SFT policy, which knows what answers look like.
+    judge_trainer = engine.trainer(init=sft_weights)
     untrained_judge = Judge(judge_trainer.sampler(), shown)
     judge_losses = []
     for _step in range(JUDGE_STEPS):
         _rows = [pairs[index_at(4 * _step + _i, len(pairs), seed=0)] for _i in range(4)]
-        _batch = Batch([shown.datum(_each) for _row in _rows for _each in (_row, _row.swapped())])
-        judge_losses.append(learn_step(judge_trainer, _batch, 1e-3 * min((_step + 1) / 5, 1 - _step / JUDGE_STEPS)))
+        _rate = 1e-3 * min((_step + 1) / 5, 1 - _step / JUDGE_STEPS)
+        judge_losses.append(learn_step(judge_trainer, both_orders(_rows, shown), _rate, "both_orders"))
         print(f"preference step {_step + 1}  loss {judge_losses[-1]:.4f}")
     judge = Judge(judge_trainer.sampler(), shown)
     agreed = agreement(judge, unseen_pairs[:40])
@@ -266,8 +268,8 @@ def _(JUDGE_STEPS, engine, lora, pairs, shown, unseen_pairs):
     mo.vstack(
         [
             curves(
-                {"loss of the label (nats; dashed: a coin)": list(enumerate(judge_losses, 1))},
-                {"loss of the label (nats; dashed: a coin)": 0.693},
+                {"loss (nats; dashed: a coin)": list(enumerate(judge_losses, 1))},
+                {"loss (nats; dashed: a coin)": 0.693},
             ),
             mo.md(f"""
             On {agreed.n} held-out comparisons:
@@ -433,9 +435,7 @@ def _(
     unseen_prompts,
 ):
     rl_trainer = engine.trainer(init=sft_weights)
-    rl_config = RLConfig(
-        steps=RL_STEPS, prompts_per_step=6, group_size=4, max_tokens=40, learning_rate=3e-4, eval_every_steps=4
-    )
+    rl_config = RLConfig(steps=RL_STEPS, prompts_per_step=5, group_size=4, max_tokens=40, eval_every_steps=6)
     rows, final = rl_run(rl_config, prompts, unseen_prompts[:16], judge, sft_policy, rl_trainer)
     print(f"RL held-out win rate {final.win_rate:.3f} ({final.low:.2f} to {final.high:.2f}) against SFT, n {final.n}")
     return final, rl_config, rl_trainer, rows

@@ -115,6 +115,17 @@ def test_a_whole_run_killed_in_any_stage_ends_where_it_would_have(tercet, small,
     assert (root / "evaluation.json").read_bytes() == (finished / "evaluation.json").read_bytes()
 
 
+def test_a_run_in_bfloat16_killed_and_gone_on_with_ends_where_it_would_have(tercet, small, tmp_path: Path):
+    words = ("rlhf", *small, "--dtype", "bfloat16", "--out")
+    tercet(*words, tmp_path / "straight")
+    tercet.start(*words, tmp_path / "killed").stop_when(
+        lambda: rows_written(2)(tmp_path / "killed" / "rl"), signal.SIGKILL
+    )
+    tercet(*words, tmp_path / "killed")
+    for name in ("sft", "preference", "judge", "rl"):
+        assert_same(tmp_path / "killed" / name, tmp_path / "straight" / name)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_does(tercet, command, undisturbed, tmp_path: Path, number):
     out = tmp_path / "run"

@@ -19,7 +19,7 @@ from tercet.algorithms.rollout_metrics import (
     times,
 )
 from tercet.algorithms.rollouts import Answer, RolloutConfig, answer, log_ratios, tournament_rewards
-from tercet.algorithms.steps import learn, rows_of_step
+from tercet.algorithms.steps import learn_and_step, rows_of_step
 from tercet.chat.renderers import Renderer
 from tercet.engine.base import LOGPROB_TOLERANCE, Sampler, Trainer
 from tercet.errors import ConfigError, TrainingError
@@ -178,8 +178,8 @@ def learn_groups(
             for each, a in zip(groups[g], advantage[g], strict=True)
         ]
         data = [each.datum(sampling_logprobs=each.completion.logprobs, advantages=a) for each, a in pairs]
-        result = learn(trainer, Batch(data), config.loss, run, temperature=config.temperature)
-        optim = trainer.optim_step(config.adam(step, config.steps)).result()
+        adam = config.adam(step, config.steps)
+        result, optim = learn_and_step(trainer, Batch(data), config.loss, adam, run, temperature=config.temperature)
         learned = {"loss": result.loss, "grad_norm": optim.grad_norm, "learning_rate": optim.learning_rate}
         rows.append({**result.metrics, **learned})
         # Before any step is taken, what trainer and sampler disagree on is numerics; after that it is learning.

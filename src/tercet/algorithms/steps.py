@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -13,7 +14,7 @@ from tercet.data import index_at
 from tercet.engine.base import Trainer
 from tercet.errors import ConfigError, TrainingError
 from tercet.runs.run import Run
-from tercet.types import AdamParams, Batch, StepResult
+from tercet.types import AdamParams, Batch, OptimResult, StepResult
 
 Row = TypeVar("Row")
 Schedule = Literal["linear", "cosine", "constant"]
@@ -113,8 +114,27 @@ def learn(trainer: Trainer, batch: Batch, loss: str, run: Run | None, **settings
     Raises:
         TrainingError: The loss is not finite; names the file that holds the batch.
     """
-    try:
+    with _kept(batch, loss, settings, run):
         return trainer.forward_backward(batch, loss, **settings).result()
+
+
+def learn_and_step(
+    trainer: Trainer, batch: Batch, loss: str, adam: AdamParams, run: Run, **settings: float
+) -> tuple[StepResult, OptimResult]:
+    """Add a batch's gradient and take the optimizer step; a batch whose loss or gradient is not finite is kept.
+
+    Raises:
+        TrainingError: The loss or the gradient is not finite; names the file that holds the batch.
+    """
+    with _kept(batch, loss, settings, run):
+        learned = trainer.forward_backward(batch, loss, **settings).result()
+        return learned, trainer.optim_step(adam).result()
+
+
+@contextmanager
+def _kept(batch: Batch, loss: str, settings: Mapping[str, float], run: Run | None) -> Iterator[None]:
+    try:
+        yield
     except TrainingError as error:
         if run is None:
             raise
@@ -151,8 +171,7 @@ def train(
         began = time.monotonic()
         batch = batch_of(step)
         measured = evaluate() if eval_every_steps and step % eval_every_steps == 0 else {}
-        result = learn(trainer, batch, loss, run, **(settings or {}))
-        optim = trainer.optim_step(config.adam(step, steps)).result()
+        result, optim = learn_and_step(trainer, batch, loss, config.adam(step, steps), run, **(settings or {}))
         run.log(step, {**batch_metrics(batch, result), **measure(batch, result), **measured,
                        "learning_rate": optim.learning_rate, "grad_norm": optim.grad_norm,
                        "progress": (step + 1) / steps, "time/step_s": time.monotonic() - began})  # fmt: skip

@@ -102,12 +102,16 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield from libraries(facts["libraries"], tested_versions())
     yield from machine(facts)
     if torch is not None:
-        yield memory(facts["memory_gib"], on_cpu=not torch.cuda.is_available())
+        from tercet.models.cpu import multiplies_bfloat16
+
+        on_cpu = not torch.cuda.is_available()
+        dtype = "float32" if on_cpu and not multiplies_bfloat16() else "bfloat16"
+        yield memory(facts["memory_gib"], on_cpu=on_cpu, dtype=dtype)
     yield disk(config.out)
     yield from cache()
     yield hub(config.hub_timeout_s)
     if torch is not None:
-        yield speed(torch)
+        yield speed(torch, "cpu" if on_cpu else "cuda", dtype)
     for library, use in EXTRAS.items():
         try:
             yield Finding(f"extra: {library}", version(library))
@@ -152,7 +156,7 @@ def machine(facts: Mapping[str, Any]) -> Iterator[Finding]:
     yield Finding("GPU", "; ".join(gpus) if gpus else "none; the CPU does the work")
 
 
-def memory(memory_gib: float, *, on_cpu: bool = True) -> Finding:
+def memory(memory_gib: float, *, on_cpu: bool = True, dtype: str = "float32") -> Finding:
     """Memory against what the default run will take of it."""
     from tercet.models.memory import estimate, shape
     from tercet.recipes.rlhf import RLHFConfig
@@ -164,7 +168,7 @@ def memory(memory_gib: float, *, on_cpu: bool = True) -> Finding:
         micro_batch_tokens=run.micro_batch_tokens,
         sampled_rows=min(run.max_rows, run.rl.completions_per_step),
         row_tokens=run.rl.max_prompt_length + run.rl.max_tokens,
-        dtype="float32" if on_cpu else "bfloat16",
+        dtype=dtype,
         on_cpu=on_cpu,
     )
     needed_gib = (needed.total + PYTHON_BYTES) / 2**30
@@ -230,11 +234,11 @@ def hub(timeout_s: float) -> Finding:
     return Finding("hub", f"cannot be reached: {why}", "note", advice)
 
 
-def speed(torch: Any) -> Finding:
+def speed(torch: Any, device: str, dtype_name: str) -> Finding:
     """Matrix products per second, and the tokens per second of the built-in model that they allow."""
     from tercet.models.memory import shape
 
-    device, dtype, size = ("cuda", torch.bfloat16, 4096) if torch.cuda.is_available() else ("cpu", torch.float32, 768)
+    dtype, size = getattr(torch, dtype_name), 4096 if device == "cuda" else 768
     left, right = (torch.rand(size, size, dtype=dtype, device=device) for _ in range(2))
     torch.mm(left, right).sum().item()
     repeats, started = 0, time.perf_counter()
@@ -247,6 +251,6 @@ def speed(torch: Any) -> Finding:
     forward = flops / (2 * parameters)
     return Finding(
         "speed",
-        f"{flops / 1e9:,.0f} GFLOP/s ({device}, {str(dtype).removeprefix('torch.')}); smollm2-135m at best reads "
+        f"{flops / 1e9:,.0f} GFLOP/s ({device}, {dtype_name}); smollm2-135m at best reads "
         f"{forward:,.0f} and learns from {forward / 2:,.0f} tokens/s",
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tercet.models.cpu import multiplies_bfloat16
 from tercet.models.tree_attention import Layout
 
 LAYERS = frozenset({
@@ -63,11 +64,6 @@ def is_known(trunk: Any, head: Any) -> bool:
         return False
     kinds = {(p.dtype, p.device.type) for p in [*trunk.parameters(), *head.parameters()]}
     return kinds == {(torch.float32, "cpu")} or (kinds == {(torch.bfloat16, "cpu")} and multiplies_bfloat16())
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16; without them such weights only save memory."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class FrozenLlama:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tercet.errors import ModelError
 from tercet.models import tree_attention
-from tercet.models.frozen_llama import multiplies_bfloat16
+from tercet.models.cpu import multiplies_bfloat16
 from tercet.models.memory import read_shape
 from tercet.models.names import resolve
 from tercet.models.padded import has_plain_head

@@ -166,7 +166,9 @@ def estimate(
         laid_out=linear * size + model.vocabulary * model.hidden * 4 if model.laid_out and on_cpu else 0,
         trained=trained * 4 * 4,
         activations=micro_batch_tokens * model.layers * _kept_per_token(model, rank) * size,
-        head=HEAD_COPIES * HEAD_TOKENS * model.vocabulary * 4,
+        # A bfloat16 head multiplies in float32 on a CPU, from a copy made for each piece.
+        head=HEAD_COPIES * HEAD_TOKENS * model.vocabulary * 4
+        + (model.vocabulary * model.hidden * 4 if on_cpu and dtype == "bfloat16" else 0),
         # On a CPU attention is in float32, whatever the weights are in.
         kv_cache=kv_tokens * model.layers * 2 * model.kv_heads * model.head_size * (4 if on_cpu else size),
     )

@@ -82,7 +82,8 @@ def train_rebel(config: RebelRunConfig, *, say: Say = print) -> Path:
     rewards, hashes = rewards_of(session, config)
     prompts = _prompts(session, config)
     root.mkdir(parents=True, exist_ok=True)
-    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE)
+    # Of what `auto` means here every stage keeps its own record.
+    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"dtype"})
     origin = {"rows_sha256": rows_sha256(prompts), "policy_sha256": session.fingerprint(start), **hashes}
     keep_config(root / "origin.yaml", origin)
     weights, folder = start, root

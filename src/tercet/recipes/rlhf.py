@@ -110,7 +110,8 @@ def rlhf(config: RLHFConfig, *, say: Say = print) -> Path:
     """
     root = Path(config.out)
     root.mkdir(parents=True, exist_ok=True)
-    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE)
+    # Of what `auto` means here every stage keeps its own record.
+    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"dtype"})
     session = open_session(config, say)
     limit = config.preference.max_length
     learns = config.ppo if config.policy.algorithm == "ppo" else config.rl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.chat.answers import AnswerRenderer
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tercet.engine.remote import RemoteEngine
 
 Say = Callable[[str], None]
-# What may change between two starts of one run: it moves no number that is learned from. Of policy and judge the
-# weights themselves are compared, wherever they lie.
+# What may change between two starts of one run: it moves no number that is learned from, but for the last bits, which
+# may hang on the number of threads. Of policy and judge the weights themselves are compared, wherever they lie.
 FREE = frozenset({"log_with", "threads", "out", "policy", "judge_model"})
 
 
@@ -166,11 +166,13 @@ def open_session(setup: SetupConfig, say: Say) -> Session:
 
     engine = local_engine(setup)
     loaded = engine.loaded
+    # What auto came to is kept with the run, which then goes on with it or is refused, on whatever machine.
+    setup = replace(setup, dtype="bfloat16" if loaded.model.dtype == torch.bfloat16 else "float32")
     chosen = renderer(setup.renderer, loaded.tokenizer)
     millions = sum(each.numel() for each in loaded.model.parameters()) / 1e6
-    dtype, threads = str(loaded.model.dtype).removeprefix("torch."), torch.get_num_threads()
+    threads = torch.get_num_threads()
     say(
-        f"model: {setup.model}, {millions:,.3g} million weights, on {loaded.model.device.type} ({dtype}, "
+        f"model: {setup.model}, {millions:,.3g} million weights, on {loaded.model.device.type} ({setup.dtype}, "
         f"{threads} thread{'s' if threads > 1 else ''}), renderer {chosen.name}"
         f"{', answers drawn by vLLM' if setup.sampler == 'vllm' else ''}"
     )

@@ -9,7 +9,7 @@ import pytest
 from tercet.algorithms.policy_gradient import RLConfig
 from tercet.algorithms.preference_model import PreferenceConfig
 from tercet.algorithms.sft import SFTConfig, sft
-from tercet.algorithms.steps import OptimConfig, learn, rows_of_step, steps_of
+from tercet.algorithms.steps import OptimConfig, learn, learn_and_step, rows_of_step, steps_of
 from tercet.engine.fake import FakeEngine
 from tercet.errors import ConfigError, TrainingError
 from tercet.evaluation.nll import held_out
@@ -92,6 +92,18 @@ def test_a_batch_whose_loss_is_not_finite_is_kept(tmp_path, open_run):
         learn(trainer, Batch([broken]), "ppo", run, clip_low=0.1)
     kept = json.loads((tmp_path / "run" / "failed-batch.json").read_text())
     assert (kept["loss"], kept["settings"], kept["data"][0]["tokens"]) == ("ppo", {"clip_low": 0.1}, [0, 1])
+
+
+def test_a_batch_whose_gradient_is_not_finite_is_kept(tmp_path, open_run):
+    trainer = FakeEngine(vocabulary=2).trainer()
+    before = trainer.fingerprint()
+    # The loss is a number of float32; the sum of squares of its gradient is not.
+    steep = Datum([0, 1], [0, 1], {"sampling_logprobs": [0.0, -0.7], "advantages": [0.0, 1e25]})
+    run = open_run(tmp_path / "run", steps=1)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is inf.*failed-batch\.json"):
+        learn_and_step(trainer, Batch([steep]), "importance_sampling", AdamParams(learning_rate=0.1), run)
+    assert json.loads((tmp_path / "run" / "failed-batch.json").read_text())["data"][0]["tokens"] == [0, 1]
+    assert trainer.fingerprint() == before
 
 
 DATA = [Datum([i % 3, (i * i) % 3, (i + 1) % 3], [0, 1, 1 + i % 2]) for i in range(11)]

@@ -73,7 +73,7 @@ def test_a_refused_connection_is_told_with_its_reason(monkeypatch):
 
 
 def test_the_speed_of_training_is_half_that_of_reading():
-    found = doctor.speed(torch).found
+    found = doctor.speed(torch, "cpu", "float32").found
     read, learned = (float(n.replace(",", "")) for n in re.findall(r"([\d,]+) and learns from ([\d,]+)", found)[0])
     assert read == pytest.approx(2 * learned, abs=2)
 

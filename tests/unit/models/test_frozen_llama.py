@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from tercet.engine.collate import forest
 from tercet.engine.outputs import Body, forest_layout
 from tercet.models import tree_attention
-from tercet.models.frozen_llama import frozen_llama, multiplies_bfloat16
+from tercet.models.cpu import multiplies_bfloat16
+from tercet.models.frozen_llama import frozen_llama
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from tercet.errors import ModelError
 from tercet.models import tree_attention
-from tercet.models.frozen_llama import multiplies_bfloat16
+from tercet.models.cpu import multiplies_bfloat16
 from tercet.models.load import fitting_dtype, load_model, load_tokenizer
 from tercet.models.tiny import tiny_model
 

@@ -1,0 +1,10 @@
+"""What this CPU can do."""
+
+from __future__ import annotations
+
+import torch
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16; without them such weights only save memory."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
