@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tercet import data
 from tercet.algorithms.dialogues import Grown, User, branched, branches
@@ -74,6 +74,8 @@ class GenerateConfig(AnswersConfig, TrainedConfig):
 
     policy: str = BASE
     """The policy: the folder of a run, an adapter's directory, or base."""
+    sampler: Literal["local", "vllm"] = "local"
+    """What draws answers: local, or vllm (docs/engine.md)."""
     endpoint: str | None = None
     """Ask an OpenAI-compatible server at this address (…/v1) instead of a policy; OPENAI_API_KEY is sent if set."""
     endpoint_model: str | None = None
@@ -105,7 +107,8 @@ def generate(config: GenerateConfig, *, say: Say = print) -> Path:
     config.params(config.temperature, stop=(), seed=0, context=2 * config.max_tokens)  # refuses what makes no sense
     if config.endpoint is not None:
         return _ask_server(config, config.endpoint, say)
-    session = open_session(config.setup(config.policy, user_place(config.user)), say)
+    setup = replace(config.setup(config.policy, user_place(config.user)), sampler=config.sampler)
+    session = open_session(setup, say)
     prompts = _prompts(session, config)
     sampler = policy_at(session, config.policy)
     say(f"{config.policy} answers {len(prompts):,} prompts, {config.n} times each, into {config.out}")

@@ -15,6 +15,7 @@ from tercet.errors import ConfigError, EngineError
 from tercet.models import adapters
 from tercet.models.load import load_model
 from tercet.models.tiny import tiny_model
+from tercet.recipes.generating import GenerateConfig, generate
 from tercet.recipes.session import SetupConfig, local_engine, open_session
 from tercet.types import AdamParams, Batch, Datum, LoraConfig, SamplingParams
 
@@ -27,6 +28,12 @@ def test_without_vllm_the_setting_is_refused_and_says_what_to_install(monkeypatc
         local_engine(SetupConfig(model="tiny", sampler="vllm"))
     assert refused.value.exit_code == 2
     assert type(local_engine(SetupConfig(model="tiny"))) is LocalEngine
+
+
+def test_generate_asks_for_it_too(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"install tercet\[vllm\]"):
+        generate(GenerateConfig(model="tiny", out=tmp_path / "answers.jsonl", sampler="vllm", max_tokens=4), say=print)
 
 
 def test_a_service_draws_its_own_answers():
