@@ -43,7 +43,7 @@ COMMANDS: dict[str, str] = {
     "ppo": f"ppo {ANSWERED} reward.model={{out}}/reward steps=16 prompts_per_step=32 ppo_epochs=2 mini_batch_size=16 "
     "learning_rate=3e-4",
     "rebel": f"rebel {PROMPTS} reward.model={{out}}/reward iterations=2 shards=2 prompts=200 eta=2 pairs_per_step=4 "
-    "learning_rate=6e-4 answers.max_tokens={max_tokens} selection.drop_unfinished=false",
+    "learning_rate=2e-4 answers.max_tokens={max_tokens} selection.drop_unfinished=false",
     "dpo": f"dpo {PAIRS} loss=sigmoid learning_rate=2e-4",
     "simpo": f"dpo {PAIRS} loss=simpo learning_rate=1e-4",
 }

@@ -66,7 +66,7 @@ class Table(nn.Module):
             scale = 100 / (1 - math.cos(2 * math.pi / self.context_tokens))
             before = layout.attend(back - 1, there, here, values, scale)[0, :, 0].round().long()
             context = context * (vocabulary + 1) + torch.where(positions >= back, before, vocabulary)
-        return SimpleNamespace(last_hidden_state=self.logits[context][None])
+        return SimpleNamespace(last_hidden_state=self.logits.index_select(0, context)[None])
 
     def _circle(self, positions: Tensor) -> Tensor:
         angle = positions.double() * (2 * math.pi / self.context_tokens)

@@ -105,20 +105,22 @@ def outputs(
     # pair become one path.
     hidden, paths = body.states([tokens if whole or len(tokens) == 1 else tokens[:-1] for tokens in sequences])
     sources = _indices([path[t - 1] for path, t in zip(paths, wanted, strict=True)]).to(body.device)
+    # Not by brackets, whose gradient sums what falls on one token in the order in which threads come to it.
     said: dict[str, Tensor] = {}
     if "logprobs" in kinds or "entropies" in kinds:
         targets = [np.asarray(tokens, dtype=np.int64)[t] for tokens, t in zip(sequences, wanted, strict=True)]
         said["logprobs"], said["entropies"] = token_logprobs(
-            hidden[sources],
+            hidden.index_select(0, sources),
             _indices(targets).to(body.device),
             body.head,
             temperature,
             entropy_gradient=entropy_gradient,
         )
     if "values" in kinds:
-        said["values"] = body.values(hidden[sources])
+        said["values"] = body.values(hidden.index_select(0, sources))
     if whole:
-        said["scores"] = body.values(hidden[torch.tensor([int(path[-1]) for path in paths]).to(body.device)])
+        ends = torch.tensor([int(path[-1]) for path in paths]).to(body.device)
+        said["scores"] = body.values(hidden.index_select(0, ends))
     return said
 
 

