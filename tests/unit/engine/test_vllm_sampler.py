@@ -33,7 +33,10 @@ def test_without_vllm_the_setting_is_refused_and_says_what_to_install(monkeypatc
 def test_generate_asks_for_it_too(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"install tercet\[vllm\]"):
-        generate(GenerateConfig(model="tiny", threads=1, out=tmp_path / "answers.jsonl", sampler="vllm", max_tokens=4), say=print)
+        generate(
+            GenerateConfig(model="tiny", threads=1, out=tmp_path / "answers.jsonl", sampler="vllm", max_tokens=4),
+            say=print,
+        )
 
 
 def test_a_service_draws_its_own_answers():
