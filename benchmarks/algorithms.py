@@ -42,8 +42,9 @@ COMMANDS: dict[str, str] = {
     "policy_gradient": f"rl --config {{out}}/policy_gradient.yaml judge_model={{run}}/preference {ANSWERED}",
     "ppo": f"ppo {ANSWERED} reward.model={{out}}/reward steps=16 prompts_per_step=32 ppo_epochs=2 mini_batch_size=16 "
     "learning_rate=3e-4",
-    "rebel": f"rebel {PROMPTS} reward.model={{out}}/reward iterations=2 shards=2 prompts=200 eta=2 pairs_per_step=4 "
-    "learning_rate=2e-4 answers.max_tokens={max_tokens} selection.drop_unfinished=false",
+    "rebel": f"rebel {PROMPTS} reward.model={{out}}/reward iterations=2 shards=2 prompts=200 eta=4 pairs_per_step=8 "
+    "learning_rate=5e-4 temperature=1 answers.top_p=1 max_grad_norm=1 answers.max_tokens={max_tokens} "
+    "selection.drop_unfinished=false",
     "dpo": f"dpo {PAIRS} loss=sigmoid learning_rate=2e-4",
     "simpo": f"dpo {PAIRS} loss=simpo learning_rate=1e-4",
 }

@@ -102,16 +102,16 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield from libraries(facts["libraries"], tested_versions())
     yield from machine(facts)
     if torch is not None:
-        from tercet.models.cpu import multiplies_bfloat16
+        from tercet.models.cpu import fast_dtype
 
-        on_cpu = not torch.cuda.is_available()
-        dtype = "float32" if on_cpu and not multiplies_bfloat16() else "bfloat16"
-        yield memory(facts["memory_gib"], on_cpu=on_cpu, dtype=dtype)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = fast_dtype(device)
+        yield memory(facts["memory_gib"], on_cpu=device == "cpu", dtype=dtype)
     yield disk(config.out)
     yield from cache()
     yield hub(config.hub_timeout_s)
     if torch is not None:
-        yield speed(torch, "cpu" if on_cpu else "cuda", dtype)
+        yield speed(torch, device, dtype)
     for library, use in EXTRAS.items():
         try:
             yield Finding(f"extra: {library}", version(library))

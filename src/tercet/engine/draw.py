@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,14 @@ CPU_ROWS = 16
 def uniforms(seed: int, prompt: int, sample: int, n: int) -> np.ndarray:
     """The n numbers in [0, 1) that drive one completion: a function of (seed, prompt, sample) alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, prompt, sample]))).random(n)
+
+
+def origins(params: SamplingParams, seeds: Sequence[int] | None, prompts: int) -> list[tuple[int, int]]:
+    """The first two of what drives a completion, (seed, prompt), for each of so many prompts.
+
+    With `seeds`, one a prompt, each is drawn as if it were alone; without, prompt i is number i under `params.seed`.
+    """
+    return [(params.seed, i) if seeds is None else (seeds[i], 0) for i in range(prompts)]
 
 
 def draw(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ from tercet.engine.outputs import Body
 from tercet.engine.sampler import MAX_ROWS
 from tercet.errors import CheckpointError, EngineError
 from tercet.models import adapters
+from tercet.models.cpu import keep_freed_memory
 from tercet.models.load import LoadedModel
 from tercet.models.lora_linear import fuse
 from tercet.models.padded import OwnHead
@@ -77,6 +78,8 @@ class LocalEngine:
             max_rows: Completions decoded side by side.
         """
         self.loaded = loaded
+        if loaded.model.device.type == "cpu":
+            keep_freed_memory()
         self.budgets = Budgets(micro_batch_tokens=micro_batch_tokens, score_tokens=score_tokens, max_rows=max_rows)
         self.language = Language(frozenset(loaded.eos_token_ids), lambda tokens: str(loaded.tokenizer.decode(tokens)))
         self.model = loaded.model

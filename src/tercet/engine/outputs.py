@@ -105,8 +105,8 @@ def outputs(
     # pair become one path.
     hidden, paths = body.states([tokens if whole or len(tokens) == 1 else tokens[:-1] for tokens in sequences])
     sources = _indices([path[t - 1] for path, t in zip(paths, wanted, strict=True)]).to(body.device)
-    # Not by brackets, whose gradient sums what falls on one token in the order in which threads come to it.
     said: dict[str, Tensor] = {}
+    # `index_select` and not brackets, whose gradient sums what falls on one token in the order in which threads come.
     if "logprobs" in kinds or "entropies" in kinds:
         targets = [np.asarray(tokens, dtype=np.int64)[t] for tokens, t in zip(sequences, wanted, strict=True)]
         said["logprobs"], said["entropies"] = token_logprobs(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tercet.engine.collate import IntArray, forest
-from tercet.engine.draw import draw, uniforms
+from tercet.engine.draw import draw, origins, uniforms
 from tercet.engine.kv_cache import Decode, KeyValueCache, Prefill
 from tercet.engine.outputs import Body, forest_layout
 from tercet.engine.padded import generate_padded
@@ -101,13 +101,13 @@ def generate(
         return []
     stops = Stops.of(params, eos, decode)
     rows = min(max_rows, len(prompts) * n)
-    origins = [(params.seed, i) if seeds is None else (seeds[i], 0) for i in range(len(prompts))]
+    roots = origins(params, seeds, len(prompts))
     if body.whole is not None:
-        return generate_padded(body.whole, prompts, params, n, origins=origins, ends=stops.reason, max_rows=rows)
+        return generate_padded(body.whole, prompts, params, n, origins=roots, ends=stops.reason, max_rows=rows)
     waiting = deque((i, range(at, min(at + rows, n))) for i in range(len(prompts)) for at in range(0, n, rows))
     done: list[list[Completion | None]] = [[None] * n for _ in prompts]
     with torch.inference_mode():
-        loop = _Loop(body, prompts, params, stops, rows, origins)
+        loop = _Loop(body, prompts, params, stops, rows, roots)
         while waiting or len(loop.rows):
             free = rows - len(loop.rows)
             # A lone prompt fills the machine badly: let a quarter of the rows come free before the next ones enter.

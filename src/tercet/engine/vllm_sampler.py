@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from tercet.engine.base import LOGPROB_TOLERANCE
 from tercet.engine.bodies import BodySampler, done
+from tercet.engine.draw import origins
 from tercet.engine.local import Frozen, LocalEngine
 from tercet.engine.sampler import Stops
 from tercet.errors import ConfigError, EngineError
@@ -166,10 +167,9 @@ class VllmSampler(BodySampler):
             check(prompts, params, self.engine.row_tokens)
             eos = self.language.eos if params.eos else frozenset()
             stops = Stops.of(params, eos, self.language.decode)
-            origins = [(params.seed, i) if seeds is None else (seeds[i], 0) for i in range(len(prompts))]
             requests = [
                 (prompt, settings_of(params, eos, request_seed(*origin, sample)))
-                for prompt, origin in zip(prompts, origins, strict=True)
+                for prompt, origin in zip(prompts, origins(params, seeds, len(prompts)), strict=True)
                 for sample in range(n)
             ]
             out = self.engine.generate(self, requests) if requests else []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tercet.models.cpu import multiplies_bfloat16
+from tercet.models.cpu import has_onednn, multiplies_bfloat16
 from tercet.models.tree_attention import Layout
 
 LAYERS = frozenset({
@@ -53,7 +53,7 @@ def is_known(trunk: Any, head: Any) -> bool:
     # Code that came with a model may call its own layers so.
     if not all(type(layer).__module__.startswith("transformers.models.") for layer in layers):
         return False
-    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not has_onednn():
         return False
     parts = [head, *(part for layer in layers for part in _linears(layer))]
     if any(type(part) is not nn.Linear for part in parts):

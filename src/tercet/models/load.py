@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tercet.errors import ModelError
 from tercet.models import tree_attention
-from tercet.models.cpu import multiplies_bfloat16
+from tercet.models.cpu import fast_dtype
 from tercet.models.memory import read_shape
 from tercet.models.names import resolve
 from tercet.models.padded import has_plain_head
@@ -131,13 +131,14 @@ def load_model(
 
 def fitting_dtype(path: Path, device: torch.device) -> str:
     """bfloat16 where products of it are fast and products are what takes the time; else float32."""
-    if device.type == "cuda":
-        return "bfloat16"
-    try:
-        large = read_shape(path).parameters >= BFLOAT16_WEIGHTS
-    except ModelError:
-        return "float32"
-    return "bfloat16" if large and multiplies_bfloat16() else "float32"
+    if device.type == "cpu":
+        try:
+            large = read_shape(path).parameters >= BFLOAT16_WEIGHTS
+        except ModelError:
+            large = False
+        if not large:
+            return "float32"
+    return fast_dtype(device.type)
 
 
 def _device(device: str) -> torch.device:

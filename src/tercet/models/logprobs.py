@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from tercet.models.cpu import linear
 from tercet.models.padded import OwnHead
 
 # 256 rows of a 50,000-token vocabulary are 50 MB in float32: enough for full matmul speed, small beside any model.
@@ -41,10 +44,11 @@ def token_logprobs(
     head_learns = any(p.requires_grad for p in head.parameters())
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head_learns):
         with torch.no_grad():
+            logits_of = _logits_of(head, hidden.device)
             parts = [
                 _distribution(few, of, divisor, None)
                 for h, t in _chunks(hidden, targets)
-                for few, of in _cached(_logits(h, head), t)
+                for few, of in _cached(logits_of(h), t)
             ]
     elif type(head) is nn.Linear and not head_learns:
         out: tuple[Tensor, Tensor] = _FrozenHead.apply(  # type: ignore[no-untyped-call]
@@ -74,7 +78,7 @@ def _precise(logits: Tensor) -> Tensor:
 def _chunk(
     hidden: Tensor, targets: Tensor, head: nn.Linear | OwnHead, divisor: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    logits = _logits(hidden, head) / divisor
+    logits = _logits_of(head, hidden.device)(hidden) / divisor
     log_total = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_total
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
@@ -83,16 +87,20 @@ def _chunk(
     return logprobs, entropy
 
 
-def _logits(hidden: Tensor, head: nn.Linear | OwnHead) -> Tensor:
-    """Logits (n, V) in float32 or finer, that nobody else holds.
+def _logits_of(head: nn.Linear | OwnHead, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What makes logits (n, V) of hidden states (n, D), in float32 or finer, that nobody else holds.
 
     A bfloat16 head multiplies in float32 on a CPU: logits near 20 rounded to 8 bits are off by 0.06, which is more than
-    two answers often differ in.
+    two answers often differ in. Its float32 copy is made once for all chunks.
     """
-    if type(head) is nn.Linear and head.weight.dtype == torch.bfloat16 and hidden.device.type == "cpu":
-        bias = None if head.bias is None else head.bias.float()
-        return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
-    return _precise(head(hidden))
+    if type(head) is not nn.Linear:
+        return lambda hidden: _precise(head(hidden))
+    multiply = functional.linear if torch.is_grad_enabled() else linear
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if weight.dtype == torch.bfloat16 and device.type == "cpu":
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    return lambda hidden: _precise(multiply(hidden.to(weight.dtype), weight, bias))
 
 
 def _cached(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -138,11 +146,13 @@ class _FrozenHead(torch.autograd.Function):
         nothing = _precise(hidden.new_zeros(0))
         logprobs, entropies = [nothing], [nothing]
         directions, entropy_directions = [hidden.new_zeros(0, hidden.shape[1])], [hidden.new_zeros(0, hidden.shape[1])]
+        logits_of = _logits_of(head, hidden.device)
         for h, t in _chunks(hidden, targets):
-            logits = _logits(h, head)
+            logits = logits_of(h)
             surprise = torch.empty_like(logits) if entropy_gradient else None
-            surprises = [None] * len(logits) if surprise is None else [few for few, _ in _cached(surprise, t)]
-            for (few, of), into in zip(_cached(logits, t), surprises, strict=False):
+            pieces = _cached(logits, t)
+            surprises = [None] * len(pieces) if surprise is None else [few for few, _ in _cached(surprise, t)]
+            for (few, of), into in zip(pieces, surprises, strict=True):
                 said = _distribution(few, of, divisor, into)
                 logprobs.append(said[0])
                 entropies.append(said[1])

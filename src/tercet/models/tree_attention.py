@@ -70,8 +70,8 @@ class _ForestAttention(torch.autograd.Function):
         key, value = key.contiguous(), value.contiguous()
         out = torch.empty_like(query)
         for part in spans:
-            q, k, v = _gather(query, key, value, part)
-            weights = _weights(q, k, part, scale)
+            q, k, v = _gather(query, key, value, part, scale)
+            weights = _weights(q, k, part)
             out[:, part.start : part.end] = (weights @ v).reshape(query.shape[0], -1, query.shape[-1])
         ctx.save_for_backward(query, key, value)
         ctx.spans, ctx.scale = spans, scale
@@ -82,13 +82,14 @@ class _ForestAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for part in ctx.spans:
-            q, k, v = _gather(query, key, value, part)
-            weights = _weights(q, k, part, ctx.scale)
+            q, k, v = _gather(query, key, value, part, ctx.scale)
+            weights = _weights(q, k, part)
             grad_out = grads[0][:, part.start : part.end].reshape(q.shape)
             grad_v = weights.transpose(1, 2) @ grad_out
             grad_weights = grad_out @ v.transpose(1, 2)
-            grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * ctx.scale
-            grad_query[:, part.start : part.end] = (grad_scores @ k).reshape(query.shape[0], -1, query.shape[-1])
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_q = (grad_scores @ k).mul_(ctx.scale)
+            grad_query[:, part.start : part.end] = grad_q.reshape(query.shape[0], -1, query.shape[-1])
             grad_k = grad_scores.transpose(1, 2) @ q
             seen = len(part.ancestors)
             if seen:
@@ -99,10 +100,10 @@ class _ForestAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None
 
 
-def _gather(query: Tensor, key: Tensor, value: Tensor, part: Span) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of a span (kv_heads, queries per kv head x tokens, d), and keys, values it sees (kv_heads, seen, d)."""
+def _gather(query: Tensor, key: Tensor, value: Tensor, part: Span, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries of a span (kv_heads, queries per kv head x tokens, d); keys, values seen (kv_heads, seen, d)."""
     own = slice(part.start, part.end)
-    q = query[:, own].reshape(key.shape[0], -1, query.shape[-1])
+    q = (query[:, own] * scale).reshape(key.shape[0], -1, query.shape[-1])
     if len(part.ancestors) == 0:
         return q, key[:, own], value[:, own]
     return (
@@ -112,8 +113,8 @@ def _gather(query: Tensor, key: Tensor, value: Tensor, part: Span) -> tuple[Tens
     )
 
 
-def _weights(q: Tensor, k: Tensor, part: Span, scale: float) -> Tensor:
-    scores = torch.matmul(q, k.transpose(1, 2)).mul_(scale)
+def _weights(q: Tensor, k: Tensor, part: Span) -> Tensor:
+    scores = torch.matmul(q, k.transpose(1, 2))
     scores.view(k.shape[0], -1, *part.bias.shape).add_(part.bias)
     return torch.softmax(scores, dim=-1)
 
