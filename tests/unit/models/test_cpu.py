@@ -17,7 +17,7 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 
 def some_layers():
-    return [torch.ones(1500, 1500) for _ in range(20)]  # 180 MB in pieces of 9 MB
+    return [torch.ones(10_000_000) for _ in range(4)]  # more than the C library keeps by itself
 
 for _ in range(4):  # pieces that are aligned find their places in the first rounds
     some_layers()
@@ -55,7 +55,7 @@ def test_freed_memory_is_used_again() -> None:
         )
         return int(done.stdout)
 
-    pages = 180_000_000 // os.sysconf("SC_PAGE_SIZE")
+    pages = 160_000_000 // os.sysconf("SC_PAGE_SIZE")
     assert faults("keep") < pages // 20
-    # Without it the system hands most of them out again.
-    assert faults("leave") > pages // 4
+    # Without it the system hands them out again.
+    assert faults("leave") > pages // 2
