@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tercet.engine.local import LocalEngine
+from tercet.models.flex import TOLERANCE, compiled, error_of, works
 from tercet.models.load import load_model
 from tercet.types import AdamParams, Batch, Datum, LoraConfig, SamplingParams
 
@@ -26,6 +27,12 @@ def engines() -> tuple[LocalEngine, LocalEngine]:
 
 def batch() -> Batch:
     return Batch([Datum(s, [0.0] * len(PROMPT) + [1.0] * (len(s) - len(PROMPT))) for s in SEQUENCES])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_kernel_and_its_gradients_are_a_masked_softmax(dtype: torch.dtype) -> None:
+    assert error_of(compiled(), 6, 2, 64, dtype, torch.device("cuda")) < TOLERANCE
+    assert works(6, 2, 64, dtype)
 
 
 def test_bfloat16_logprobs_on_the_gpu_are_those_of_float32_on_the_cpu(engines: tuple[LocalEngine, LocalEngine]) -> None:

@@ -68,8 +68,18 @@ class Body:
         return value
 
 
-def forest_layout(packed: Forest, device: torch.device) -> ForestLayout:
-    """How a packed forest attends."""
+def forest_layout(packed: Forest, device: torch.device) -> Layout:
+    """How a packed forest attends: as one kernel on CUDA, span by span elsewhere."""
+    if device.type != "cuda":
+        return span_layout(packed, device)
+    # Not above: its import takes longer than everything a CPU needs.
+    from tercet.models.flex import FlexLayout
+
+    return FlexLayout(torch.from_numpy(packed.subtree_end).to(device), lambda: span_layout(packed, device))
+
+
+def span_layout(packed: Forest, device: torch.device) -> ForestLayout:
+    """How a packed forest attends, span by span."""
     ends = torch.from_numpy(packed.subtree_end)
     return ForestLayout(
         tuple(

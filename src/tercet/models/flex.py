@@ -1,0 +1,113 @@
+"""Attention over a packed forest as one kernel, on CUDA (FlexAttention, Dong et al. 2024, arXiv:2412.05496).
+
+Blocks of 128 x 128 tokens that the trie rules out are skipped, and scores are never in memory. Triton compiles the
+kernel at its first use. Where that fails, or the kernel gives other numbers, spans are computed one by one as on a CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from tercet.models.tree_attention import ForestLayout
+
+Kernel = Callable[..., Any]
+
+# How far the kernel may be off, of the largest number there is; bfloat16 has 8 bits.
+TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class FlexLayout:
+    """Attention of whole sequences, for training and scoring."""
+
+    subtree_end: Tensor
+    """(T,) where the range of tokens below each token ends, on the device that computes."""
+    spans: Callable[[], ForestLayout]
+    """Makes the same attention span by span."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `tercet.models.tree_attention.Layout`."""
+        if not works(query.shape[0], key.shape[0], query.shape[2], query.dtype):
+            return self._spans.attend(layer, query, key, value, scale)
+        return fused(compiled(), query, key, value, self.mask, scale)
+
+    @cached_property
+    def mask(self) -> BlockMask:
+        """The same in every layer."""
+        return block_mask(self.subtree_end)
+
+    @cached_property
+    def _spans(self) -> ForestLayout:
+        return self.spans()
+
+
+def block_mask(subtree_end: Tensor) -> BlockMask:
+    """Token t sees token u exactly when u <= t < subtree_end[u]; (T,) there."""
+
+    def sees(batch: Tensor, head: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return (u <= t) & (t < subtree_end[u])
+
+    tokens = len(subtree_end)
+    return create_block_mask(sees, None, None, tokens, tokens, device=str(subtree_end.device))
+
+
+def fused(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """Queries (heads, T, d), keys and values (kv_heads, T, d) -> (heads, T, d)."""
+    grouped = query.shape[0] != key.shape[0]
+    out: Tensor = kernel(query[None], key[None], value[None], block_mask=mask, scale=scale, enable_gqa=grouped)[0]
+    return out
+
+
+@cache
+def compiled() -> Kernel:
+    """The kernel, compiled once for rows of all lengths."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def works(heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> bool:
+    """Try the compiled kernel on CUDA, forward and backward, once; if it cannot be used, that is said."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            apart = error_of(compiled(), heads, kv_heads, d, dtype, torch.device("cuda"))
+    except Exception as error:  # Triton, its compiler and the driver raise whatever they like
+        found = f"fails here: {error}"
+    else:
+        if apart < TOLERANCE:
+            return True
+        found = f"is off here, by {apart:.2g} of the largest number"
+    warnings.warn(f"FlexAttention {found}; attention is computed span by span instead, slower", stacklevel=2)
+    return False
+
+
+def error_of(kernel: Kernel, heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.device) -> float:
+    """How far output and gradients of a small trie are off those of a masked softmax, of the largest number in each."""
+    # A trunk of 100 tokens and two branches.
+    ends = torch.tensor([300] * 100 + [200] * 100 + [300] * 100, device=device)
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, 300, d, generator=draw).to(device, dtype) for n in (heads, kv_heads, kv_heads, heads)]
+    found = _with_gradients(lambda q, k, v: fused(kernel, q, k, v, block_mask(ends), d**-0.5), inputs)
+    wanted = _with_gradients(lambda q, k, v: _masked_softmax(q, k, v, ends, d**-0.5), [x.double() for x in inputs])
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+def _with_gradients(attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    out = attention(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+
+
+def _masked_softmax(query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, scale: float) -> Tensor:
+    row = torch.arange(len(subtree_end), device=subtree_end.device)
+    seen = (row[None, :] <= row[:, None]) & (row[:, None] < subtree_end[None, :])
+    key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
+    scores = (query @ key.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
+    return torch.softmax(scores, -1) @ value
