@@ -52,7 +52,8 @@ def trl_dpo(work: Work) -> Once:
 
     reader = tokenizer(work)
     rows = work.pairs[: work.settings["pairs"]]
-    config = DPOConfig(**settings(work, len(rows)), beta=work.settings["beta"], max_length=None)
+    # All pairs at once take more than 20 GB: TRL keeps logits of every place of every row, padded.
+    config = DPOConfig(**settings(work, len(rows), pieces=2), beta=work.settings["beta"], max_length=None)
     return stepwise(
         lambda callbacks: DPOTrainer(
             plain_model(work), args=config, train_dataset=Dataset.from_list(rows), processing_class=reader,

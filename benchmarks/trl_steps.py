@@ -41,10 +41,11 @@ def peft_model(work: Work) -> Any:
     return get_peft_model(plain_model(work), lora_config(work))
 
 
-def settings(work: Work, rows: int) -> dict[str, Any]:
-    """What all of TRL's trainers are given: float32, everything a step needs in memory, nothing saved."""
+def settings(work: Work, rows: int, pieces: int = 1) -> dict[str, Any]:
+    """What all of TRL's trainers are given: float32, a step's rows at once or in pieces, nothing saved."""
     return {
-        "output_dir": str(Path(mkdtemp())), "max_steps": STEPS, "per_device_train_batch_size": rows, "use_cpu": True,
+        "output_dir": str(Path(mkdtemp())), "max_steps": STEPS, "per_device_train_batch_size": rows // pieces,
+        "gradient_accumulation_steps": pieces, "use_cpu": True,
         "bf16": False, "gradient_checkpointing": False, "learning_rate": work.settings["learning_rate"],
         "lr_scheduler_type": "constant", "adam_beta2": 0.95, "report_to": "none", "save_strategy": "no",
         "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "dataloader_num_workers": 0,

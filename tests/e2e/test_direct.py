@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tercet.models.load import load_tokenizer
 from tests.e2e.commands import MACHINE, learned, measured, written
 from tests.e2e.test_stopped_runs import assert_same, rows_written, stopped
 
@@ -147,15 +148,30 @@ def test_kto_learns_labelled_rows(tercet, tmp_path):
     assert all("kl" not in row for row in steps_of(tmp_path / "apo"))
 
 
+def test_kto_joins_prompts_and_answers_of_others_within_the_models_context(tercet, tmp_path):
+    data = tmp_path / "labelled.jsonl"
+    tokenizer = load_tokenizer("tiny")
+    long = tokenizer.decode(tokenizer("tea " * 700)["input_ids"][:700])  # of the context's 1,024
+    rows = [
+        {"prompt": f"{i} {'' if i % 2 else long}", "completion": long if i % 2 else "No.", "label": i < 3}
+        for i in range(6)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--data", data, "--max-steps", 1, "--rows-per-step", 5)
+    said = tercet("kto", *MACHINE, *words, "--out", tmp_path / "run").out
+    assert "left out" not in said
+    assert steps_of(tmp_path / "run")[0]["kl"] == pytest.approx(0, abs=1e-2)
+
+
 def test_kto_on_one_prompt_says_what_is_missing(tercet, tmp_path):
     data = tmp_path / "labelled.jsonl"
     rows = [
         {"prompt": "Hi", "completion": word, "label": word != "No"} for word in ("Hello", "Yes", "No", "Well", "Hm")
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert (
-        "answers have the same prompt" in tercet("kto", *MACHINE, "--data", data, "--out", tmp_path / "a", code=1).err
-    )
+    words = ("kto", *MACHINE, "--data", data, "--out", tmp_path / "a")
+    assert "all 5 begin alike" in tercet(*words, code=1).err
+    assert "answers have the same prompt" in tercet(*words, "--test-data", data, code=1).err
 
 
 def test_every_metric_is_described(undisturbed):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tercet.evaluation.length_controlled import length_controlled
 from tests.e2e.commands import CommandLine
 from tests.openai_server import openai_server
 
@@ -43,15 +46,16 @@ def python_with(module: str) -> str:
     return ""
 
 
-def use(module: str, *words: object, folder: Path, **environment: str) -> str:
-    """Run a tool's module; what it printed."""
+def use(module: str, *words: object, folder: Path, code: str | None = None, **environment: str) -> str:
+    """Run a tool's module, or code that imports it; what it printed."""
     python = python_with(module.split(".")[0])
     if not python:
         pytest.skip(f"wants {module.split('.')[0]}; name a Python that has it in TERCET_TOOLS")
+    ran = ("-m", module) if code is None else ("-c", code)
     named = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), **environment}
     named.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [python, "-m", module, *map(str, words)],
+        [python, *ran, *map(str, words)],
         cwd=folder, env=named, input="\n", capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -158,9 +162,12 @@ def answers_in(words: str, a: str, b: str, end: str) -> tuple[str, str]:
 
 
 def test_alpaca_eval_judges_the_files_and_agrees_on_who_won(exported, tmp_path):
+    def preferred(first: str, second: str) -> float:
+        return 1 / (1 + math.exp((len(second) - len(first)) / 20))
+
     def judge(words: str) -> dict[str, float]:
-        first, second = answers_in(words, "<1>", "</1><2>", "</2>")
-        return {"m": 0.8, "M": 0.2} if len(first) > len(second) else {"m": 0.2, "M": 0.8}
+        p = preferred(*answers_in(words, "<1>", "</1><2>", "</2>"))
+        return {"m": p, "M": 1 - p}
 
     config = tmp_path / "judge"
     config.mkdir()
@@ -192,9 +199,51 @@ def test_alpaca_eval_judges_the_files_and_agrees_on_who_won(exported, tmp_path):
     names, values = (line.split(",") for line in leaderboard.read_text().splitlines())
     found = dict(zip(names, values, strict=True))
     ours, theirs = (rows_of(exported / f"alpaca-eval/{policy}.json") for policy in ("rl", "sft"))
-    pairs = [(len(a["output"]), len(b["output"])) for a, b in zip(ours, theirs, strict=True)]
+    pairs = [(a["output"], b["output"]) for a, b in zip(ours, theirs, strict=True)]
     assert (found[""], float(found["n_total"])) == ("rl", len(pairs))
-    assert len(server.requests) <= len(pairs)  # equal answers are not shown to a judge
+    # The judge takes no side for a place, so the tool's shuffling changes nothing; equal answers are not shown to it.
+    wanted = sum(preferred(a, b) for a, b in pairs) / len(pairs)
+    assert wanted != pytest.approx(0.5, abs=1e-3)  # or exchanged answers would not show
+    assert float(found["win_rate"]) == pytest.approx(100 * wanted, abs=1e-3)
+    assert len(server.requests) == sum(a != b for a, b in pairs)
+
+
+# The tool's own win rate, with its file of difficulties, which it would fetch, replaced by one of the rows given.
+LENGTH_CONTROLLED = """
+import json, sys
+import pandas as pd
+from alpaca_eval.metrics import glm_winrate
+
+rows = json.load(open("rows.json"))
+known = {"model": "m", "index": range(len(rows)), "instruction_difficulty": [row["difficulty"] for row in rows]}
+pd.DataFrame(known).to_csv("df_gamed.csv", index=False)
+glm_winrate.hf_hub_download = lambda **_: "df_gamed.csv"
+annotations = [{
+    "generator_1": "baseline", "output_1": "x" * row["baseline"],
+    "generator_2": "policy", "output_2": "x" * row["policy"], "preference": 1 + row["won"],
+} for row in rows]
+for name in ("length_controlled_minimal", "length_controlled_noreg"):
+    found = glm_winrate.get_length_controlled_winrate(annotations, glm_name=name, save_weights_dir=None)
+    print("found", found["length_controlled_winrate"])
+"""
+
+
+def test_length_set_aside_the_win_rate_is_alpaca_evals(tmp_path):
+    rng = random.Random(0)
+    rows = []
+    for _ in range(160):
+        policy, baseline, difficulty = rng.randint(150, 600), rng.randint(50, 500), rng.gauss(0.5, 1)
+        p = 1 / (1 + math.exp(-(-0.4 + 1.2 * math.tanh((policy - baseline) / 180) + 0.8 * difficulty)))
+        won = 0.5 if rng.random() < 0.1 else float(rng.random() < p)
+        rows.append({"policy": policy, "baseline": baseline, "difficulty": difficulty, "won": won})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    said = use("alpaca_eval", folder=tmp_path, code=LENGTH_CONTROLLED, IS_ALPACA_EVAL_2="False")
+    minimal, difficult = (float(line.split()[1]) / 100 for line in said.splitlines() if line.startswith("found "))
+    won, *known = ([row[key] for row in rows] for key in ("won", "policy", "baseline", "difficulty"))
+    assert length_controlled(won, *known[:2]).win_rate == pytest.approx(minimal, abs=1e-3)
+    assert length_controlled(won, *known).win_rate == pytest.approx(difficult, abs=1e-3)
+    # Neither is the win rate itself, nor the other.
+    assert abs(minimal - sum(won) / len(won)) > 0.02 and abs(minimal - difficult) > 2e-3
 
 
 def fastchat_folder(exported: Path, questions: dict[str, Path], folder: Path) -> None:

@@ -149,6 +149,25 @@ def test_answers_as_text_alone_get_tokens_of_the_model_that_is_named(tercet, tmp
     assert first["loss"] == pytest.approx(first["scaled_loss"]) and first["loss"] >= first["reward_gap"] ** 2
 
 
+def test_pairs_are_learned_at_the_temperature_their_answers_were_drawn_at(tercet, finished, rows, reward, tmp_path):
+    answers, scored, pairs = (tmp_path / name for name in ("answers.jsonl", "scored.parquet", "pairs"))
+    words = ("--policy", finished / "sft", "--data", rows.comparisons, "--rows", 4, "--n", 2, "--max-tokens", 6)
+    tercet("generate", *words, "--threads", 1, "--temperature", 1, "--out", answers)
+    tercet("score", "--data", answers, "--reward.function", reward, "--columns", "published", "--out", scored)
+    tercet("prepare", "--data", scored, "--no-drop-unfinished", "--out", pairs)
+    learn = ("rebel", *MACHINE, "--policy", finished / "sft", "--max-steps", 1, "--out", tmp_path / "run")
+    for place in (pairs, pairs / "train.jsonl"):
+        said = tercet(*learn, "--prepared", place, code=2).err
+        assert "drawn at temperature 1.0" in said and "taken at 0.8" in said and "give --temperature 1.0" in said
+    tercet(*learn, "--prepared", pairs, "--temperature", 1)
+
+
+def test_answers_are_capped_at_half_the_context_and_it_is_said(tercet, reward, rows, tmp_path):
+    words = ("--data", rows.comparisons, "--reward.function", reward, "answers.max_tokens=600")
+    ended = tercet("rebel", *MACHINE, *words, "selection.max_prompt_length=1", "--out", tmp_path / "run", code=1)
+    assert "the model takes 1024 tokens: answers end at 512, not at 600" in ended.out
+
+
 def test_the_best_answers_are_rows_to_fine_tune_on(tercet, answers, reward, tmp_path):
     scored, best = tmp_path / "scored.jsonl", tmp_path / "best"
     tercet("score", "--data", answers, "--reward.function", reward, "--out", scored)
@@ -156,6 +175,23 @@ def test_the_best_answers_are_rows_to_fine_tune_on(tercet, answers, reward, tmp_
     for row in rows_of(best / "train.jsonl"):
         assert [turn["role"] for turn in row["messages"]][-2:] == ["user", "assistant"]
     tercet("sft", *MACHINE, "--data", best, "--max-steps", 1, "--out", tmp_path / "run")
+
+
+def test_answers_without_words_stop_no_part(tercet, answers, reward, tmp_path):
+    groups = rows_of(answers)
+    for row in groups:
+        row["completions"][0]["text"] = ""
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in groups))
+    scored = tmp_path / "scored.parquet"
+    words = ("--reward.function", reward, "--columns", "published")
+    tercet("score", "--data", tmp_path / "answers.jsonl", *words, "--out", scored)
+    for name, select in (("pairs", ()), ("best", ("--select", "best", "--top-k", 3))):
+        words = ("--data", scored, *select, "--no-drop-unfinished", "--kind", "parquet")
+        tercet("prepare", *words, "--out", tmp_path / name)
+    assert all(row["reject"] == "" for row in rows_of(tmp_path / "pairs/train.parquet"))
+    tercet("rebel", *MACHINE, "--prepared", tmp_path / "pairs", "--max-steps", 1, "--out", tmp_path / "rebel")
+    tercet("dpo", *MACHINE, "--data", tmp_path / "pairs", "--max-steps", 1, "--out", tmp_path / "dpo")
+    tercet("sft", *MACHINE, "--data", tmp_path / "best", "--max-steps", 1, "--out", tmp_path / "sft")
 
 
 def test_every_iteration_has_its_own_prompts_and_the_last_policy(undisturbed, finished):
@@ -192,6 +228,7 @@ def test_killed_iterations_end_bit_for_bit_where_they_would_have(tercet, command
     [
         (("--iterations", 0), "none may be below 1"),
         (("--iterations", 2, "--prepared", "somewhere"), "prepared pairs are of one policy"),
+        (("--kl-coef", 0.1, "--prepared", "somewhere"), "leave kl_coef at 0, or let tercet rebel do all parts"),
         (("selection.select=best",), "which gives no pairs"),
         (("--eta", 0), "both must be above 0"),
         ((), "there is nothing to learn from"),
@@ -258,6 +295,8 @@ def test_a_foreign_model_answers_over_http(tercet, rows, tmp_path):
         url = f"http://127.0.0.1:{server.server_port}/v1"
         words = ("generate", "--endpoint", url, "--data", rows.comparisons, "--rows", 3, "--n", 2)
         assert "Give --endpoint-model" in tercet(*words, "--out", tmp_path / "a.jsonl", code=2).err
+        for unknown in (("--top-k", 5), ("--min-p", 0.1)):
+            assert "has neither" in tercet(*words, *unknown, "--out", tmp_path / "a.jsonl", code=2).err
         tercet(*words, "--endpoint-model", "theirs", "--columns", "published", "--out", tmp_path / "a.jsonl")
     finally:
         server.shutdown()

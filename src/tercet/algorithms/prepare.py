@@ -11,12 +11,15 @@ from typing import Literal
 
 from tercet.data import hold_out
 from tercet.data.groups import Group, RankedPair, Sampled
+from tercet.data.turns import opening
 from tercet.errors import ConfigError, DataError
 from tercet.types import Conversation
 
 Select = Literal["best_worst", "all_pairs", "top_k", "best"]
 Tokenised = Callable[[Conversation, str], tuple[tuple[int, ...], tuple[int, ...]]]
-"""Prompt and answer -> their token ids; asked only where an answer comes without."""
+"""Prompt and answer -> their token ids; asked only where one of them comes without."""
+DRAWN_AT = "sampling_temperature"
+"""Column of a group's row: at which temperature its answers were drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class SelectionConfig:
     """best_worst: the best answer against the worst; all_pairs; top_k: the k best against the k worst, in order; best:
     no pairs but the best answers themselves, to fine-tune on (rejection sampling)."""
     top_k: int = 1
-    """Of top_k and best: how many."""
+    """Of top_k and best: how many, equal answers counted once."""
     test_rows: int = 100
     """Prompts held out, at most a tenth."""
 
@@ -51,6 +54,8 @@ class Prepared:
     train: list[RankedPair]
     test: list[RankedPair]
     dropped: dict[str, int]
+    temperatures: tuple[float, ...] = ()
+    """At which the answers were drawn, as far as their rows say."""
 
     def describe(self) -> list[str]:
         """One line for each filter, and one for what is left."""
@@ -67,7 +72,8 @@ def prepare(config: SelectionConfig, groups: Sequence[Group], tokenised: Tokenis
         DataError: An answer has no reward, or nothing is left.
     """
     dropped: Counter[str] = Counter()
-    kept: list[list[RankedPair]] = []
+    # By what their prompts begin with: dialogues that go on from there are on one side.
+    kept: dict[Conversation, list[RankedPair]] = {}
     for place, group in enumerate(groups, start=1):
         if any(each.reward is None for each in group.answers):
             raise DataError(f"group {place} has an answer without a reward; run tercet score on the file first")
@@ -78,16 +84,18 @@ def prepare(config: SelectionConfig, groups: Sequence[Group], tokenised: Tokenis
         different = [pair for pair in pairs if config.select == "best" or not _same(pair.chosen, pair.rejected)]
         dropped["pairs of equal answers"] += len(pairs) - len(different)
         if different:
-            kept.append(different)
+            kept.setdefault(opening(group.prompt), []).extend(different)
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise DataError(f"of {len(groups)} groups nothing is left to learn: {reasons or 'there was none'}")
-    held = min(config.test_rows, len(kept) // 10)
-    train, test = hold_out(kept, count=held, seed=seed) if held else (kept, [])
+    prompts = list(kept.values())
+    train, test = hold_out(prompts, count=min(config.test_rows, len(prompts) // 10), seed=seed)
+    drawn = [group.columns.get(DRAWN_AT) for group in groups]
     return Prepared(
         list(itertools.chain.from_iterable(train)),
         list(itertools.chain.from_iterable(test)),
         {reason: count for reason, count in dropped.items() if count},
+        tuple(sorted({float(each) for each in drawn if isinstance(each, int | float)})),
     )
 
 
@@ -96,8 +104,9 @@ def _usable(config: SelectionConfig, group: Group, tokenised: Tokenised, dropped
     prompt_tokens, answers = group.prompt_tokens, []
     for each in group.answers:
         if each.tokens is None or prompt_tokens is None:
-            prompt_tokens, tokens = tokenised(group.prompt, each.text)
-            each = replace(each, tokens=tokens)
+            asked, tokens = tokenised(group.prompt, each.text)
+            prompt_tokens = asked if prompt_tokens is None else prompt_tokens
+            each = replace(each, tokens=tokens) if each.tokens is None else each
         answers.append(each)
     assert prompt_tokens is not None
     if len(prompt_tokens) > config.max_prompt_length:
@@ -114,6 +123,10 @@ def _usable(config: SelectionConfig, group: Group, tokenised: Tokenised, dropped
             dropped["answers whose reward is no number"] += 1
         else:
             left.append(each)
+    if config.select in ("best", "top_k"):
+        different = [each for i, each in enumerate(left) if not any(_same(each, other) for other in left[:i])]
+        dropped["answers equal to another one of their prompt"] += len(left) - len(different)
+        left = different
     if len(left) < (1 if config.select == "best" else 2):
         dropped["prompts with too few answers left"] += 1
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from tercet.algorithms.pairs import reference_sum, weighted_sum, with_fact, with_stream
@@ -75,26 +76,37 @@ class KTOConfig(OptimConfig):
         return steps_of(rows, self.rows_per_step, self.epochs, self.max_steps)
 
 
-def mismatch(data: Sequence[Datum]) -> list[Datum]:
-    """Each prompt with the answer of the nearest row before it, around the end, that has another prompt.
+def mismatch(data: Sequence[Datum], limit: int) -> list[Datum]:
+    """Each prompt with the answer of the nearest row before it, around the end, that has another prompt and fits.
+
+    Where no other answer fits, the nearest loses its end.
+
+    Args:
+        data: Rows of at most `limit` tokens.
+        limit: The most tokens of a prompt and the answer it is given.
 
     Raises:
         DataError: All rows have one prompt.
     """
     prompts = [prompt_tokens(datum) for datum in data]
+    lengths = [len(datum.tokens) - len(prompt) for datum, prompt in zip(data, prompts, strict=True)]
     found = []
     for i, datum in enumerate(data):
-        other = next((i - k for k in range(1, len(data)) if prompts[i - k] != prompts[i]), None)
-        if other is None:
+        others = (i - k for k in range(1, len(data)) if prompts[i - k] != prompts[i])
+        nearest = next(others, None)
+        if nearest is None:
             raise DataError(
                 f"all {len(data)} answers have the same prompt; the divergence is estimated on answers to other "
                 "prompts, so give at least two prompts, or take the loss apo_zero_unpaired"
             )
+        room = limit - len(prompts[i])
+        fitting = (j for j in chain((nearest,), others) if lengths[j] <= room)
+        other = next(fitting, nearest) if min(lengths) <= room else nearest
         start = len(prompts[other])
         found.append(
             Datum(
-                (*prompts[i], *data[other].tokens[start:]),
-                (*datum.weights[: len(prompts[i])], *data[other].weights[start:]),
+                (*prompts[i], *data[other].tokens[start : start + room]),
+                (*datum.weights[: len(prompts[i])], *data[other].weights[start : start + room]),
             )
         )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tercet.cli.closing import say
 from tercet.config import parse
 from tercet.errors import ConfigError, UsageError
 from tercet.recipes.session import MachineConfig, SetupConfig, local_engine
-from tercet.server.served import Limits, Served
+from tercet.server.served import NO_TOKEN, Limits, Served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class ServeConfig(MachineConfig):
     port: int = 8000
     """Where to listen; 0 takes a free one."""
     token: str | None = None
-    """What clients must give as TINKER_API_KEY; it begins with tml-, which the SDK insists on."""
+    """What clients must give as TINKER_API_KEY; by default what that variable says here. It begins with tml-, which the
+    SDK insists on."""
     out: str = "runs/serve"
     """Folder of checkpoints; they outlive sessions and restarts."""
     micro_batch_tokens: int = 2048
@@ -37,10 +39,7 @@ class ServeConfig(MachineConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
-        if self.token is not None and (not self.token.startswith("tml-") or len(self.token) < 12):
-            raise ConfigError(
-                "token must begin with tml-, as the SDK refuses other keys, and have 12 characters or more"
-            )
+        _check_token("token", self.token)
 
 
 def main(argv: list[str]) -> int:
@@ -52,17 +51,33 @@ def main(argv: list[str]) -> int:
     from tercet.server.guard import is_loopback
     from tercet.server.listening import listen
 
+    token = config.token or _token_of_environment()
     local = is_loopback(config.host)
-    if config.token is None and not local:
+    if token is None and not local:
         raise UsageError(
-            f"listening on {config.host} lets other machines in, so a token is required: --token tml-… (for example "
-            "one from: python -c 'import secrets; print(\"tml-\" + secrets.token_urlsafe(24))')"
+            f"listening on {config.host} lets other machines in, so a token is required: TINKER_API_KEY=tml-… in the "
+            'environment, or --token (for example one from: python -c \'import secrets; print("tml-" + '
+            "secrets.token_urlsafe(24))')"
         )
     listen(
-        open_served(config), Path(config.out), config.limits, host=config.host, port=config.port, token=config.token,
-        local_only=local, say=say,
+        open_served(config), Path(config.out), config.limits, host=config.host, port=config.port, token=token,
+        local_only=local and token is None, say=say,
     )  # fmt: skip
     return 0
+
+
+def _token_of_environment() -> str | None:
+    # Whoever is on the machine sees a command's words, but not its environment.
+    token = os.environ.get("TINKER_API_KEY")
+    if not token or token == NO_TOKEN:
+        return None
+    _check_token("TINKER_API_KEY", token)
+    return token
+
+
+def _check_token(name: str, token: str | None) -> None:
+    if token is not None and (not token.startswith("tml-") or len(token) < 12):
+        raise ConfigError(f"{name} must begin with tml-, as the SDK refuses other keys, and have 12 characters or more")
 
 
 def open_served(config: ServeConfig) -> Served:

@@ -5,24 +5,30 @@
     ours        prompt, prompt_tokens, completions: [{text, tokens, logprobs, stop_reason, reward}]
     published   prompt, response_0, response_1, …, response_0_reward, …; beside them response_0_tokens and so on
 
-Pairs have one form, the published one: prompt, chosen, reject, chosen_reward, reject_reward, and the token ids.
+A cell without a value, as tables have it where rows differ in length, stands for no answer. What else a row says, of
+itself or of an answer, is kept. Pairs have one form, the published one: prompt, chosen, reject, chosen_reward,
+reject_reward, and the token ids.
 """
 
 from __future__ import annotations
 
-import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tercet.data.files import Unreadable
 from tercet.data.sources import open_source
-from tercet.data.turns import BadRow, Row, answer_turns, ends_with_user, messages, need, number, prompt_turns, text
+from tercet.data.turns import BadRow, Row, answer_turns, ends_with_user, messages, number, prompt_turns
 from tercet.errors import DataError
 from tercet.types import Conversation, Message, as_messages
 
 Columns = Literal["tercet", "published"]
 _SIDES = {"chosen": ("chosen",), "reject": ("reject", "rejected")}
+_OF_GROUP = ("prompt", "prompt_tokens", "completions")
+_OF_ANSWER = ("text", "tokens", "logprobs", "stop_reason", "reward", "after")
+_PUBLISHED = re.compile(r"response_(\d+)(?:_(?!text$)(.+))?")
+"""Number of an answer, and what a column says of it; without the latter, its text."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Sampled:
     reward: float | None = None
     after: Conversation = ()
     """What was said after it, where a dialogue went on; its reward is that of the whole."""
+    columns: Mapping[str, object] = field(default_factory=dict)
+    """What else the row says of it."""
 
     @property
     def conversation(self) -> Conversation:
@@ -52,6 +60,7 @@ class Sampled:
             "stop_reason": self.stop_reason,
             "reward": self.reward,
             "after": as_messages(self.after) or None,
+            **self.columns,
         }
         return {name: value for name, value in known.items() if value is not None}
 
@@ -96,23 +105,19 @@ def group_of(row: Row, where: str) -> Group:
         DataError: It is none; `where` names it.
     """
     try:
-        names = [f"response_{i}" for i in itertools.takewhile(lambda i: f"response_{i}" in row, itertools.count())]
-        if "completions" in row:
-            listed = need(row, "completions")
+        flat = _flat(row)
+        if row.get("completions") is not None:
+            listed = row["completions"]
             if not isinstance(listed, list) or not all(isinstance(each, Mapping) for each in listed):
                 raise BadRow("'completions' must be a list of objects with text")
             answers = tuple(_sampled(each) for each in listed)
-        elif names:
-            answers = tuple(_sampled(_flat(row, name)) for name in names)
+        elif flat:
+            answers = tuple(_sampled(each) for each in flat.values())
         else:
             raise BadRow("no answers: it has neither 'completions' nor 'response_0'")
         if not answers:
             raise BadRow("'completions' is empty")
-        rest = {
-            key: value
-            for key, value in row.items()
-            if key not in ("prompt", "prompt_tokens", "completions") and not key.startswith("response_")
-        }
+        rest = {key: value for key, value in row.items() if key not in _OF_GROUP and not _PUBLISHED.fullmatch(key)}
         return Group(prompt_turns(row), answers, _tokens(row, "prompt_tokens"), rest)
     except BadRow as error:
         raise DataError(
@@ -175,10 +180,14 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def _flat(row: Row, name: str) -> Row:
-    """One answer of a published row: its text, and what columns that begin with its name say of it."""
-    more = {key.removeprefix(f"{name}_"): value for key, value in row.items() if key.startswith(f"{name}_")}
-    return {"text": row[name], **more}
+def _flat(row: Row) -> dict[int, dict[str, object]]:
+    """The answers of a published row by number: text, and what columns that begin with the answer's name say of it."""
+    found: dict[int, dict[str, object]] = {}
+    for key, value in row.items():
+        match = _PUBLISHED.fullmatch(key)
+        if match and value is not None:
+            found.setdefault(int(match[1]), {})[match[2] or "text"] = value
+    return {i: found[i] for i in sorted(found) if "text" in found[i]}
 
 
 def _sampled(row: Row) -> Sampled:
@@ -186,13 +195,15 @@ def _sampled(row: Row) -> Sampled:
     if not isinstance(words, str):
         raise BadRow(f"an answer is {type(words).__name__}; it must be text")
     logprobs, stop = row.get("logprobs"), row.get("stop_reason")
+    tokens = _tokens(row, "tokens")
     return Sampled(
         words,
-        _tokens(row, "tokens"),
+        tokens,
         tuple(float(value) for value in logprobs) if isinstance(logprobs, list) else None,
         stop if isinstance(stop, str) else None,
-        None if row.get("reward") is None else number(row, "reward"),
-        messages(row["after"], "after") if row.get("after") else (),
+        None if row.get("reward") is None else number(row, "reward", finite=False),
+        messages(row["after"], "after", sampled=tokens is not None) if row.get("after") else (),
+        {key: value for key, value in row.items() if key not in _OF_ANSWER and value is not None},
     )
 
 
@@ -203,11 +214,7 @@ def _side(row: Row, side: str) -> Sampled:
         ends_with_user(turns[:-1], name)
     if turns[-1].role != "assistant":
         raise BadRow(f"'{name}' does not end with a turn of the assistant")
-    return Sampled(
-        turns[-1].content if len(turns) > 1 or not isinstance(row[name], str) else text(row, name),
-        _tokens(row, f"{name}_tokens"),
-        reward=number(row, f"{name}_reward"),
-    )
+    return Sampled(turns[-1].content, _tokens(row, f"{name}_tokens"), reward=number(row, f"{name}_reward"))
 
 
 def _tokens(row: Row, column: str) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tercet.data.turns import opening
 from tercet.errors import ConfigError, DataError
-from tercet.types import Comparison, Message
+from tercet.types import Message
 
 Row = TypeVar("Row")
 
@@ -55,17 +55,18 @@ def hold_out(
     """Set rows aside: (kept, held out), each in the order of `rows`.
 
     Rows that begin alike (the same turns up to the first of the user) stay together: no prompt is on both sides.
-    At most `count` rows are held out, fewer when no group of rows is left that would fit.
+    At most `count` rows are held out, fewer when no group of rows is left that would fit; where all groups are larger,
+    the smallest one is held out.
 
     Args:
-        rows: Comparisons, conversations, or anything else, where every row is its own group.
+        rows: Whatever has a prompt, conversations, or anything else, where every row is its own group.
         fraction: Share held out, above 0 and below 1; give this or `count`.
         count: How many are held out; 0 holds nothing out.
         seed: Another seed holds others out.
 
     Raises:
         ConfigError: Both or neither of `fraction` and `count`, or nothing would be kept.
-        DataError: Every group of rows that begin alike is larger than what is to be held out.
+        DataError: All rows begin alike.
     """
     if (fraction is None) == (count is None):
         raise ConfigError(f"fraction is {fraction} and count is {count}; give exactly one of them")
@@ -81,20 +82,22 @@ def hold_out(
         groups.setdefault(_group(index, row), []).append(index)
     members = list(groups.values())
     held: set[int] = set()
-    for place in _permutation(len(members), _HOLD_OUT, seed, 0):
+    places = _permutation(len(members), _HOLD_OUT, seed, 0)
+    for place in places:
         if len(held) + len(members[place]) <= count:
             held.update(members[place])
     if count and not held:
-        raise DataError(
-            f"{count} of {len(rows)} rows cannot be held out: rows that begin alike stay together, and the "
-            f"smallest group has {min(map(len, members))}; hold out more"
-        )
+        if len(members) == 1:
+            raise DataError(
+                f"{count} of {len(rows)} rows cannot be held out: all {len(rows)} begin alike, and such rows stay "
+                "together; give rows with other prompts as well, or rows for tests by themselves (test_data)"
+            )
+        held.update(members[min(places, key=lambda place: len(members[place]))])
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
 def _group(index: int, row: object) -> Hashable:
-    if isinstance(row, Comparison):
-        return opening(row.prompt)
-    if isinstance(row, tuple) and row and all(isinstance(turn, Message) for turn in row):
-        return opening(row)
+    prompt = getattr(row, "prompt", row)
+    if isinstance(prompt, tuple) and all(isinstance(turn, Message) for turn in prompt):
+        return opening(prompt)
     return index

@@ -28,7 +28,10 @@ from tercet.types import Comparison, Conversation, LabelledAnswer, Message
 def messages_row(row: Row) -> Iterator[Conversation | Dropped]:
     """Turns as they are."""
     # Unpaired preference data (KTO) labels answers; the bad ones must not be learned.
-    yield Dropped("labelled as a bad answer") if row.get("label") is False else messages(need(row, "messages"))
+    if row.get("label") is False:
+        yield Dropped("labelled as a bad answer")
+    else:  # an answer with a reward was sampled: a row of tercet prepare --select best
+        yield messages(need(row, "messages"), sampled=row.get("reward") is not None)
 
 
 def prompt_completion(row: Row) -> Iterator[Conversation | Dropped]:
@@ -51,7 +54,9 @@ def labelled_completion(row: Row) -> Iterator[LabelledAnswer]:
 
 def prompt_chosen_reject(row: Row) -> Iterator[Comparison | Dropped]:
     """The same as `prompt_chosen_rejected`, under the names of REBEL's published data."""
-    yield from prompt_chosen_rejected({**row, "rejected": row.get("reject")})
+    yield from prompt_chosen_rejected(
+        {**row, "rejected": row.get("reject"), "rejected_tokens": row.get("reject_tokens")}
+    )
 
 
 def prompt_row(row: Row) -> Iterator[Conversation]:

@@ -63,32 +63,34 @@ def optional_text(row: Row, column: str) -> str:
 def integer(row: Row, column: str) -> int:
     """A whole number."""
     value = _number(need(row, column))
-    if value is None or value != int(value):
+    if value is None or not math.isfinite(value) or value != int(value):
         raise BadRow(f"'{column}' is {row[column]!r:.40}; it must be a whole number")
     return int(value)
 
 
-def number(row: Row, column: str) -> float:
-    """A number."""
+def number(row: Row, column: str, *, finite: bool = True) -> float:
+    """A number; infinite, or none at all (NaN), only where that is asked for."""
     value = _number(need(row, column))
-    if value is None:
+    if value is None or (finite and not math.isfinite(value)):
         raise BadRow(f"'{column}' is {row[column]!r:.40}; it must be a number")
     return value
 
 
 def _number(value: object) -> float | None:
-    """What is finite; files of comma-separated values hold it as text."""
+    """Files of comma-separated values hold it as text."""
     if not isinstance(value, (int, float, str)) or isinstance(value, bool):
         return None
     try:
-        found = float(value)
+        return float(value)
     except (ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
 
 
-def message(value: object) -> Message | None:
-    """One turn, as role and content or as from and value; None for a system turn without words, which says nothing."""
+def message(value: object, *, sampled: bool = False) -> Message | None:
+    """One turn, as role and content or as from and value; None for a system turn without words, which says nothing.
+
+    A turn of the assistant may be without words where it was sampled: a policy can end at once.
+    """
     if not isinstance(value, Mapping):
         raise BadRow(f"a turn is {_kind(value)}; it must hold role and content, or from and value")
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
@@ -101,16 +103,23 @@ def message(value: object) -> Message | None:
     if not content.strip():
         if ROLES[str(role)] == "system":
             return None
-        raise BadRow(f"a turn of {role} is empty")
+        if not (sampled and ROLES[str(role)] == "assistant"):
+            raise BadRow(f"a turn of {role} is empty")
     trainable = value.get("trainable")
     return Message(ROLES[str(role)], content, trainable if isinstance(trainable, bool) else None)
 
 
-def messages(value: object, column: str = "messages") -> Conversation:
-    """A list of turns."""
+def messages(value: object, column: str = "messages", *, sampled: bool = False) -> Conversation:
+    """A list of turns; `sampled` as in `message`."""
     if not isinstance(value, list) or not value:
         raise BadRow(f"'{column}' is {_kind(value)}; it must be a list of turns")
-    return tuple(turn for turn in map(message, value) if turn is not None)
+    return tuple(turn for turn in (message(each, sampled=sampled) for each in value) if turn is not None)
+
+
+def has_tokens(row: Row, column: str) -> bool:
+    """Whether token ids stand beside a column: then its words are a policy's own, and may be none."""
+    found = row.get(f"{column}_tokens")
+    return isinstance(found, list) and bool(found)
 
 
 def prompt_turns(row: Row, column: str = "prompt") -> Conversation:
@@ -122,7 +131,7 @@ def prompt_turns(row: Row, column: str = "prompt") -> Conversation:
         if len(turns) > 1 and turns[-1] == Message("assistant", ""):
             turns = turns[:-1]
     else:
-        turns = messages(value, column)
+        turns = messages(value, column, sampled=has_tokens(row, column))
     return ends_with_user(turns, column)
 
 
@@ -135,10 +144,10 @@ def ends_with_user(turns: Conversation, column: str) -> Conversation:
 
 def answer_turns(row: Row, column: str) -> Conversation:
     """An answer: text, one turn, or turns."""
-    value = need(row, column)
+    value, sampled = need(row, column), has_tokens(row, column)
     if isinstance(value, str):
-        return (Message("assistant", text(row, column)),)
-    return messages([value] if isinstance(value, Mapping) else value, column)
+        return (Message("assistant", value if sampled else text(row, column)),)
+    return messages([value] if isinstance(value, Mapping) else value, column, sampled=sampled)
 
 
 def hh_turns(words: str) -> Conversation:

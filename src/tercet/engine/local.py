@@ -127,10 +127,14 @@ class LocalEngine:
         name = f"adapter{self._adapters}"
         self._adapters += 1
         self.peft = adapters.add_adapter(self.peft or self.model, name, lora, base=self.loaded.name, seed=seed)
-        fuse(self.peft)
-        trainer = LoraTrainer(self, name, lora, value_head)
-        if saved is not None and saved.tensors is not None:
-            adapters.set_adapter_tensors(self.peft, name, dict(saved.tensors))
+        try:
+            fuse(self.peft)
+            trainer = LoraTrainer(self, name, lora, value_head)
+            if saved is not None and saved.tensors is not None:
+                adapters.set_adapter_tensors(self.peft, name, dict(saved.tensors))
+        except Exception:
+            adapters.remove_adapter(self.peft, name)
+            raise
         return trainer
 
     def sampler(self, weights: Weights | None = None) -> BodySampler:

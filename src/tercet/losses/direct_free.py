@@ -66,11 +66,13 @@ def orpo_loss(
     """ORPO, Hong et al. 2024 (arXiv:2403.07691), equation 6: the chosen answers' negative log-likelihood per token, and
     beta times -log sigmoid of the log of the odds ratio; the odds of an answer are those of its mean token."""
     odds = _log_odds(logprobs / lengths)
-    log_odds_ratio = odds[chosen] - odds[rejected]
+    gap = odds[chosen] - odds[rejected]
+    ratio = logsigmoid(gap)
     nll = -logprobs[chosen] / mean_chosen_length
-    return nll - beta * logsigmoid(log_odds_ratio), {
+    return nll - beta * ratio, {
         "nll_loss": nll.detach(),
-        "log_odds_ratio": log_odds_ratio.detach(),
+        "log_odds_chosen": gap.detach(),
+        "log_odds_ratio": ratio.detach(),
     }
 
 

@@ -86,7 +86,8 @@ def train_kto(config: KTORunConfig, *, say: Say = print) -> Path:
     rows, test = _labelled(session, config)
     learned = labelled_answers(session, rows, config.max_length, "to learn")
     if config.loss == "kto":
-        others = mismatch([row.datum for row in learned])
+        limit = min(config.max_length, session.engine.context_tokens)
+        others = mismatch([row.datum for row in learned], limit)
         learned = [replace(row, mismatched=other) for row, other in zip(learned, others, strict=True)]
     tested = labelled_answers(session, test, config.max_length, "held out")
     good = sum(row.desirable for row in learned)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tercet import data
 from tercet.algorithms.dialogues import Grown, User, branched, branches
+from tercet.algorithms.prepare import DRAWN_AT
 from tercet.algorithms.rollouts import answer
 from tercet.config import to_mapping
 from tercet.data.groups import Columns, Group, Sampled
@@ -145,6 +146,7 @@ def write_answers(
     """
 
     user = None if config.user is None else simulated_user(session, config.user)
+    ended_early: list[bool] = []
 
     def make(at: int, end: int) -> Iterator[dict[str, Any]]:
         context = session.engine.context_tokens
@@ -153,10 +155,13 @@ def write_answers(
         if user is not None:
             where = branches(len(asked), config.turns, seed=seed + at)
             grown = branched(asked, where, sampler, chat, params, config.n, user=user, context_tokens=context)
-            yield from (_row(group, columns) for group in grown)
+            for prompt, place, group in zip(asked, where, grown, strict=True):
+                turns = len(prompt) + 2 * place.end
+                ended_early.extend(len(each.answer.prompt) + len(each.after) < turns for each in group)
+                yield _row(group, columns, temperature)
             return
         for group in answer(asked, sampler, chat, params, config.n):
-            yield _row([Grown(each, ()) for each in group], columns)
+            yield _row([Grown(each, ()) for each in group], columns, temperature)
 
     facts = {
         **settings_of(AnswersConfig, config),
@@ -166,7 +171,20 @@ def write_answers(
         "policy_sha256": sampler.fingerprint()[:16],
         **(made_of or {}),
     }
-    return write_rows(out, facts, len(prompts), make, verb="generate", at_once=PROMPTS_AT_ONCE)
+    written = write_rows(out, facts, len(prompts), make, verb="generate", at_once=PROMPTS_AT_ONCE)
+    if any(ended_early):
+        many = f"{sum(ended_early):,} of {len(ended_early):,} dialogues"
+        session.say(f"{many} left no room for another answer and ended before their last turn")
+    return written
+
+
+def longest_answer(session: Session, config: AnswersConfig) -> int:
+    """How many tokens an answer may have: half of what the model takes at most, which is said where it cuts."""
+    context = session.engine.context_tokens
+    found = min(config.max_tokens, context // 2)
+    if found < config.max_tokens:
+        session.say(f"the model takes {context} tokens: answers end at {found}, not at {config.max_tokens}")
+    return found
 
 
 def user_place(user: str | None) -> str | None:
@@ -174,13 +192,14 @@ def user_place(user: str | None) -> str | None:
     return None if user is None or ":" in user else user
 
 
-def _row(group: Sequence[Grown], columns: Columns) -> dict[str, Any]:
+def _row(group: Sequence[Grown], columns: Columns, temperature: float) -> dict[str, Any]:
     answers = []
     for each in group:
         drawn = each.answer.completion
         words = each.answer.message.content
         answers.append(Sampled(words, drawn.tokens, drawn.logprobs, drawn.stop_reason, after=each.after))
-    return Group(group[0].answer.prompt, tuple(answers), group[0].answer.prompt_tokens).row(columns)
+    first = group[0].answer
+    return Group(first.prompt, tuple(answers), first.prompt_tokens, {DRAWN_AT: temperature}).row(columns)
 
 
 def simulated_user(session: Session, place: str) -> User:
@@ -217,6 +236,11 @@ def _made_of(config: GenerateConfig) -> dict[str, object]:
 def _ask_server(config: GenerateConfig, endpoint: str, say: Say) -> Path:
     if config.turns > 1:
         raise UsageError("a server is asked for single answers; leave turns at 1, or take a policy")
+    if config.top_k or config.min_p:
+        raise UsageError(
+            f"top_k is {config.top_k} and min_p {config.min_p}, and the protocol of a server has neither; leave both "
+            "at 0, or take a policy"
+        )
     if config.endpoint_model is None:
         raise UsageError("which model of the server answers? Give --endpoint-model NAME")
     model = ForeignModel(endpoint, config.endpoint_model)
@@ -233,7 +257,7 @@ def _ask_server(config: GenerateConfig, endpoint: str, say: Say) -> Path:
                 prompt, config.n, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens,
                 seed=config.seed + place,
             )  # fmt: skip
-            yield Group(prompt, tuple(answers)).row(config.columns)
+            yield Group(prompt, tuple(answers), columns={DRAWN_AT: config.temperature}).row(config.columns)
 
     facts = {**_made_of(config), "prompts_sha256": rows_sha256(loaded.rows)}
     return write_rows(config.out, facts, len(loaded.rows), make, verb="generate", at_once=1)
@@ -243,11 +267,8 @@ def _prompts(session: Session, config: GenerateConfig) -> list[Conversation]:
     skip = config.skip_bad_rows
     loaded = data.load_prompts(config.data, split=config.split, skip_bad_rows=skip, max_rows=config.rows)
     session.say(loaded.describe())
-    context = session.engine.context_tokens
-    max_tokens = min(config.max_tokens, context // 2)
-    if max_tokens < config.max_tokens:
-        session.say(f"the model takes {context} tokens: answers end at {max_tokens}, not at {config.max_tokens}")
-    limit = context - max_tokens
+    max_tokens = longest_answer(session, config)
+    limit = session.engine.context_tokens - max_tokens
     lengths = [len(session.renderer.generation_prompt(prompt)) for prompt in loaded.rows]
     long = [i for i, length in enumerate(lengths) if length > limit]
     if long and not skip:

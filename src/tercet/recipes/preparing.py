@@ -57,12 +57,12 @@ def prepare_file(config: PrepareConfig, *, say: Say = print) -> Path:
     def tokenised(prompt: Conversation, words: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if config.model is None:
             raise UsageError(
-                f"{config.data} has answers without tokens; give --model, whose tokenizer makes them of the text"
+                f"{config.data} has prompts or answers without tokens; give --model, whose tokenizer makes them of text"
             )
         if not chosen:
             from tercet.models.load import load_tokenizer
 
-            say(f"answers without tokens get those of {config.model}'s tokenizer")
+            say(f"what comes without tokens gets those of {config.model}'s tokenizer")
             chosen.append(renderer(config.renderer, load_tokenizer(config.model)))
         return tokens_of(chosen[0], prompt, words)
 
@@ -76,10 +76,22 @@ def prepare_file(config: PrepareConfig, *, say: Say = print) -> Path:
 
 
 def tokens_of(chosen: Renderer, prompt: Conversation, words: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of a prompt and of an answer that is known as text alone."""
+    """Tokens of a prompt and of an answer that is known as text alone, up to the end of what is learned: its stop."""
     asked = tuple(chosen.generation_prompt(prompt))
-    whole = chosen.datum((*prompt, Message("assistant", words)), train_on="last_assistant_message").tokens
-    return asked, tuple(whole[len(asked) :])
+    whole = chosen.datum((*prompt, Message("assistant", words)), train_on="last_assistant_message")
+    end = max(place for place, weight in enumerate(whole.weights, start=1) if weight)
+    return asked, tuple(whole.tokens[len(asked) : end])
+
+
+def drawn_at(place: str) -> list[float]:
+    """At which temperatures prepared answers were drawn, as the account beside them says; nothing where there is none.
+
+    Args:
+        place: The folder that `write_prepared` wrote, or a file in it.
+    """
+    folder = Path(place).parent if Path(place).is_file() else Path(place)
+    account = yaml.safe_load((folder / ACCOUNT).read_text()) if (folder / ACCOUNT).is_file() else None
+    return list(account.get("temperatures") or ()) if isinstance(account, dict) else []
 
 
 def write_prepared(
@@ -92,7 +104,7 @@ def write_prepared(
         if pairs:
             write_whole(folder / f"{split}.{kind}", (_row(pair, select) for pair in pairs))
     counts = {"left_out": prepared.dropped, "kept": {"train": len(prepared.train), "test": len(prepared.test)}}
-    account = to_mapping({**made_of, **counts})
+    account = to_mapping({**made_of, "temperatures": prepared.temperatures, **counts})
     write_atomically(folder / ACCOUNT, yaml.safe_dump(account, sort_keys=False, allow_unicode=True))
     folder.rename(out)
     sync(out.parent)

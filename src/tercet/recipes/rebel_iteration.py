@@ -14,8 +14,8 @@ from tercet.algorithms.rebel import RebelConfig, rebel
 from tercet.config import to_mapping
 from tercet.data.groups import RankedPair, load_groups, load_ranked_pairs
 from tercet.errors import ConfigError, DataError
-from tercet.recipes.generating import AnswersConfig, user_place, write_answers
-from tercet.recipes.preparing import tokens_of, write_prepared
+from tercet.recipes.generating import AnswersConfig, longest_answer, user_place, write_answers
+from tercet.recipes.preparing import drawn_at, tokens_of, write_prepared
 from tercet.recipes.reference import reference_logprobs, rows_reached
 from tercet.recipes.rows import count_left_out, rows_sha256
 from tercet.recipes.scoring import RewardsConfig, check_rewards, rewards_of, write_scores
@@ -35,7 +35,8 @@ class RebelRunConfig(RebelConfig, RewardsConfig, SetupConfig):
     """Learn from the policy's own answers, ranked: generate, score, prepare, learn, and again."""
 
     policy: str = "base"
-    """The policy to start from: the folder of a run, an adapter's directory, or base."""
+    """The policy to start from: the folder of a run, an adapter's directory, or base. Of prepared pairs it must be the
+    one that answered."""
     data: str = "builtin"
     """Prompts: those of conversations or comparisons, from builtin, the hub, or files."""
     prompts: int | None = 96
@@ -61,6 +62,11 @@ class RebelRunConfig(RebelConfig, RewardsConfig, SetupConfig):
             )
         if self.prepared is not None and self.iterations > 1:
             raise ConfigError("prepared pairs are of one policy; leave iterations at 1, or let it generate its own")
+        if self.prepared is not None and self.kl_coef:
+            raise ConfigError(
+                f"kl_coef is {self.kl_coef}, which pays for leaving the first policy, and prepared pairs do not say "
+                "what that was; leave kl_coef at 0, or let tercet rebel do all parts, with --iterations"
+            )
         if self.selection.select == "best":
             raise ConfigError("selection.select is best, which gives no pairs; take best_worst, all_pairs or top_k")
 
@@ -69,6 +75,8 @@ def train_rebel(config: RebelRunConfig, *, say: Say = print) -> Path:
     """Do the four parts as often as is asked. Returns the folder of the last policy."""
     if config.prepared is None:
         check_rewards(config)
+    else:
+        _check_temperature(config, config.prepared)
     check_same_base(config, config.policy, user_place(config.answers.user), *config.places().values())
     start = weights_at(config.policy, "policy")
     session = open_session(config, say)
@@ -241,27 +249,41 @@ def ranked_data(session: Session, rows: Sequence[RankedPair], what: str) -> list
     for row in rows:
         sides = []
         for each in (row.chosen, row.rejected):
-            if row.prompt_tokens is not None and each.tokens is not None:
-                sides.append(datum(row.prompt_tokens, each.tokens))
-            else:
+            prompt, tokens = row.prompt_tokens, each.tokens
+            if prompt is None or tokens is None:
                 rendered += 1
-                sides.append(datum(*tokens_of(session.renderer, row.prompt, each.text)))
+                asked, words = tokens_of(session.renderer, row.prompt, each.text)
+                prompt, tokens = asked if prompt is None else prompt, words if tokens is None else tokens
+            sides.append(datum(prompt, tokens))
         assert row.chosen.reward is not None and row.rejected.reward is not None
         pairs.append(Pair(sides[0], sides[1], row.chosen.reward - row.rejected.reward))
     if rendered:
-        session.say(f"{rendered:,} of {2 * len(rows):,} answers {what} come without tokens and get the renderer's")
+        session.say(
+            f"{rendered:,} of {2 * len(rows):,} answers {what} come without tokens, or their prompts do; they "
+            "get the renderer's"
+        )
     limit = session.engine.context_tokens
     kept = [pair for pair in pairs if max(len(each.tokens) for each in pair.data) <= limit]
     count_left_out(session, pairs, kept, f"pairs {what} have more than {limit} tokens")
     return kept
 
 
+def _check_temperature(config: RebelRunConfig, prepared: str) -> None:
+    drawn = drawn_at(prepared)
+    if drawn and drawn != [config.temperature]:
+        raise ConfigError(
+            f"the answers in {prepared} were drawn at temperature {' and '.join(map(str, drawn))}, and log-probs would "
+            f"be taken at {config.temperature}, where they are not those of what answered; "
+            + (f"give --temperature {drawn[0]}" if len(drawn) == 1 else "prepare answers of one temperature")
+        )
+
+
 def _prompts(session: Session, config: RebelRunConfig) -> list[Conversation]:
     """The prompts in the order of the seed, without those that are too long."""
     loaded = data.load_prompts(config.data, skip_bad_rows=config.skip_bad_rows)
     session.say(loaded.describe())
-    context = session.engine.context_tokens
-    limit = min(config.selection.max_prompt_length, context - min(config.answers.max_tokens, context // 2))
+    room = session.engine.context_tokens - longest_answer(session, config.answers)
+    limit = min(config.selection.max_prompt_length, room)
     kept = [row for row in loaded.rows if len(session.renderer.generation_prompt(row)) <= limit]
     count_left_out(session, loaded.rows, kept, f"prompts have more than {limit} tokens")
     if not kept:

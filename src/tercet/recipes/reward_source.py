@@ -95,6 +95,7 @@ def reward_of(session: Session, config: RewardSourceConfig) -> WeightedSum:
                 gives=config.gives,
                 trust_remote_code=session.setup.trust_remote_code,
                 device=device_of(session.setup),
+                say=session.say,
             )
         )
     if config.function is not None:

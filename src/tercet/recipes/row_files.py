@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tercet.errors import UsageError
+from tercet.errors import DataError, UsageError
 from tercet.runs.durable import beside, sync, write_atomically
 from tercet.runs.progress import ProgressDisplay
 from tercet.runs.rows import append_rows, encode_row
 from tercet.runs.settings import keep_config
+from tercet.types import Message, as_messages
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -80,13 +84,15 @@ def write_whole(out: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def publish(part: Path, out: Path) -> None:
-    """Make the finished rows of a jsonl file the file they are for, converted where it is parquet or one json list."""
+    """Make the finished rows of a jsonl file the file they are for, converted where it is parquet or one json list.
+
+    Raises:
+        DataError: A column of a parquet file would hold values of several kinds.
+    """
     if out.suffix == ".parquet":
-        import pyarrow
         from pyarrow import parquet
 
-        rows: list[dict[str, Any]] = [json.loads(line) for line in part.read_bytes().splitlines()]
-        parquet.write_table(pyarrow.Table.from_pylist(rows), beside(out))
+        parquet.write_table(_table([json.loads(line) for line in part.read_bytes().splitlines()], part), beside(out))
         sync(beside(out))
         beside(out).replace(out)
         part.unlink()
@@ -96,6 +102,26 @@ def publish(part: Path, out: Path) -> None:
     else:
         part.rename(out)
     sync(out.parent)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], part: Path) -> pyarrow.Table:
+    """Rows as a table: every column that any of them has, and prompts all of one kind."""
+    import pyarrow
+
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    asked = columns.get("prompt", [])
+    if any(isinstance(prompt, list) for prompt in asked):
+        columns["prompt"] = [as_messages((Message("user", p),)) if isinstance(p, str) else p for p in asked]
+    arrays = {}
+    for name, values in columns.items():
+        try:
+            arrays[name] = pyarrow.array(values)
+        except pyarrow.ArrowException as error:
+            raise DataError(
+                f"the column '{name}' cannot be written as parquet: {error}. All rows are in {part}, which is jsonl: "
+                "rename it, or make the column's values of one kind in the data"
+            ) from error
+    return pyarrow.table(arrays)
 
 
 def _cut(part: Path, at_once: int, total: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.errors import ModelError, RewardError
@@ -34,6 +34,7 @@ class ClassifierReward:
         max_length: int = 4096,
         trust_remote_code: bool = False,
         device: str = "cpu",
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Load it.
 
@@ -43,9 +44,11 @@ class ClassifierReward:
             reads: `answer`: the answer's text; `conversation`: prompt and answer as text; `chat`: both, written by the
                 classifier's own chat template.
             gives: `logit`, or `probability` (softmax over labels; the sigmoid where there is one).
-            max_length: Longest text in tokens; longer ones lose their end.
+            max_length: Longest text in tokens, or what tokenizer and model take where that is less; longer ones lose
+                their end and are counted.
             trust_remote_code: Let Python files that came with the model run.
             device: cpu or cuda.
+            say: Told once, of the first texts that are cut, how many they are.
 
         Raises:
             ModelError: It cannot be loaded, or has no such label, or no chat template where one is wanted.
@@ -54,7 +57,8 @@ class ClassifierReward:
 
         from tercet.models.quiet import quiet
 
-        self.place, self.reads, self.gives, self.max_length = place, reads, gives, max_length
+        self.place, self.reads, self.gives, self.say = place, reads, gives, say
+        self.scored = self.cut = 0
         try:
             with quiet():
                 trusted = trust_remote_code
@@ -64,6 +68,9 @@ class ClassifierReward:
             raise ModelError(f"the classifier {place} cannot be loaded: {error}") from error
         self.model = model.to(device).eval()
         self.device = device
+        self.max_length = self._limit(max_length)
+        # Texts that are too long are cut and counted; transformers would warn at the first.
+        self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.label = self._index_of(label)
         if reads == "chat" and not self.tokenizer.chat_template:
             raise ModelError(f"the classifier {place} has no chat template; let it read answer or conversation")
@@ -72,8 +79,15 @@ class ClassifierReward:
         """See `AnswerReward`."""
         import torch
 
+        told = self.cut > 0
         with torch.inference_mode():
             found = [self._score(self.model(**self._encoded(each))) for each in candidates]
+        self.scored += len(candidates)
+        if self.cut and not told and self.say is not None:
+            self.say(
+                f"{self.cut:,} of {self.scored:,} texts have more than {self.max_length:,} tokens, the most that the "
+                f"classifier {self.place} is shown, and lose their end; of later ones nothing is said"
+            )
         for score, candidate in zip(found, candidates, strict=True):
             if not math.isfinite(score):
                 raise RewardError(f"the classifier {self.place} gives {score} to the answer {candidate.text[:60]!r}")
@@ -88,12 +102,35 @@ class ClassifierReward:
         return float(logits.sigmoid()[0] if len(logits) == 1 else logits.softmax(-1)[self.label])
 
     def _encoded(self, candidate: Candidate) -> Any:
-        limits = {"truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        turns = (*candidate.prompt, *candidate.answer)
+        found = self._tokens(candidate, truncation=True, max_length=self.max_length)
+        if found["input_ids"].shape[1] == self.max_length:
+            self.cut += self._tokens(candidate)["input_ids"].shape[1] > self.max_length
+        return found.to(self.device)
+
+    def _tokens(self, candidate: Candidate, **limits: Any) -> Any:
+        turns, options = (*candidate.prompt, *candidate.answer), {"return_tensors": "pt", **limits}
         if self.reads == "chat":
-            return self.tokenizer.apply_chat_template(as_messages(turns), return_dict=True, **limits).to(self.device)
+            return self.tokenizer.apply_chat_template(as_messages(turns), return_dict=True, **options)
         text = "\n\n".join(turn.content for turn in (turns if self.reads == "conversation" else candidate.answer))
-        return self.tokenizer(text, **limits).to(self.device)
+        return self.tokenizer(text, **options)
+
+    def _limit(self, wanted: int) -> int:
+        """The longest text that tokenizer and model take, or what is wanted where that is less."""
+        from torch.nn import Embedding
+
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
+        limits = [wanted, self.tokenizer.model_max_length]
+        if positions > 0:
+            # RoBERTa and its kin count positions from behind the padding index on: that many rows are never reached.
+            skipped = [
+                module.padding_idx + 1
+                for name, module in self.model.named_modules()
+                if name.endswith("position_embeddings")
+                and isinstance(module, Embedding)
+                and module.padding_idx is not None
+            ]
+            limits.append(positions - max(skipped, default=0))
+        return int(min(limits))
 
     def _index_of(self, label: str | None) -> int:
         names = {int(i): str(name) for i, name in self.model.config.id2label.items()}

@@ -49,7 +49,9 @@ class Endpoints:
 
     async def client_config(self, request: asked.ClientConfig) -> Any:
         """How the client shall behave."""
-        return _other_sdk(request.sdk_version) or CLIENT_CONFIG
+        # Half of what a body may have: the SDK counts what it sends roughly.
+        most = min(CLIENT_CONFIG["fwdbwd_max_chunk_bytes_count"], self.service.limits.body_mb * 500_000)
+        return _other_sdk(request.sdk_version) or {**CLIENT_CONFIG, "fwdbwd_max_chunk_bytes_count": most}
 
     async def client_dynamic_config(self, request: asked.ClientConfig) -> dict[str, Any]:
         """What of that may change."""
@@ -126,7 +128,9 @@ class Endpoints:
     async def asample(self, request: asked.Sample, http: Request) -> dict[str, Any]:
         """See `Service.sample`."""
         promise = self.service.sample(request, http.headers.get("x-idempotency-key"))
-        names = [f"{promise.request_id}:{i}" for i in range(max(0, request.num_samples))]
+        # One for every sample; of a number that is refused, no more than could have been had.
+        count = min(request.num_samples, self.service.limits.samples)
+        names = [f"{promise.request_id}:{i}" for i in range(count)]
         return {**_promised(promise), "sample_sequence_ids": names}
 
     async def retrieve_future(self, request: asked.RetrieveFuture) -> Response:
@@ -196,6 +200,7 @@ def make_app(service: Service, *, token: str | None, local_only: bool) -> FastAP
     app.add_exception_handler(TercetError, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _no_endpoint)
+    app.add_exception_handler(Exception, _failed)
     app.add_middleware(Guard, token=token, local_only=local_only, most_bytes=service.limits.body_mb * 1_000_000)
     return app
 
@@ -234,3 +239,9 @@ async def _no_endpoint(request: Request, error: Exception) -> Response:
         detail = f"{request.method} {request.url.path} is no endpoint of this server; docs/serve.md lists those it has"
         return JSONResponse({"detail": detail}, 404)
     return JSONResponse({"detail": error.detail}, error.status_code)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    # The error goes on to uvicorn, whose log has all of it.
+    detail = f"the server failed: {type(error).__name__}: {error}; its log has more"
+    return JSONResponse({"detail": detail}, 500)

@@ -10,6 +10,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# Only data to learn from are large; what else is sent is JSON, which takes several times its size once it is read.
+LARGE, JSON_BYTES = "/forward_backward", 16_000_000
+
 
 class Guard:
     """ASGI middleware: a token, this machine only, and a limit for bodies."""
@@ -23,7 +26,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refused = self._refusal(headers)
+        most = self.most_bytes if scope["path"].endswith(LARGE) else min(self.most_bytes, JSON_BYTES)
+        refused = self._refusal(headers, most)
         if refused is not None:
             await _say(send, *refused)
             return
@@ -33,13 +37,13 @@ class Guard:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self.most_bytes:
-                raise HTTPException(*self._too_large())
+            if seen > most:
+                raise HTTPException(*_too_large(most))
             return message
 
         await self.app(scope, counted, send)
 
-    def _refusal(self, headers: dict[str, str]) -> tuple[int, str] | None:
+    def _refusal(self, headers: dict[str, str], most: int) -> tuple[int, str] | None:
         if self.token is not None:
             given = headers.get("x-api-key", "") or headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self.token.encode()):
@@ -49,15 +53,9 @@ class Guard:
             return 403, "requests from web pages are not taken"
         if self.local_only and not is_loopback(_host(headers.get("host", ""))):
             return 403, f"this server is for this machine; it was asked as {headers.get('host', '')!r}"
-        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > self.most_bytes:
-            return self._too_large()
+        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > most:
+            return _too_large(most)
         return None
-
-    def _too_large(self) -> tuple[int, str]:
-        return (
-            413,
-            f"the body is larger than {self.most_bytes // 1_000_000} MB; send it in pieces, or raise --limits.body-mb",
-        )
 
 
 def is_loopback(host: str) -> bool:
@@ -75,6 +73,11 @@ def _host(header: str) -> str:
     if header.startswith("["):
         return header[1:].partition("]")[0]
     return header.partition(":")[0]
+
+
+def _too_large(most: int) -> tuple[int, str]:
+    known = "only forward_backward's may be" if most == JSON_BYTES else "send it in pieces, or raise --limits.body-mb"
+    return 413, f"the body is larger than {most // 1_000_000} MB; {known}"
 
 
 async def _say(send: Send, status: int, detail: str) -> None:

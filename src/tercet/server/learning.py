@@ -44,8 +44,13 @@ SPOKEN = {
 }  # fmt: skip
 
 
-def learn(trainer: Trainer, request: LearnRequest) -> bytes:
+def learn(trainer: Trainer, request: LearnRequest, *, most_tokens: int) -> bytes:
     """Add a request's gradient, or (`forward_only`) only look; what it gave, as the SDK reads it.
+
+    Args:
+        trainer: Learns.
+        request: As it was sent.
+        most_tokens: How many tokens it may come to, a branch for every target beside the sequence among them.
 
     Raises:
         UsageError: The request is not one that can be learned from.
@@ -63,6 +68,7 @@ def learn(trainer: Trainer, request: LearnRequest) -> bytes:
         ours, convert = spoken.settings[name]
         settings[ours] = convert(value)
     rows = [_Learned.of(i, row, spoken) for i, row in enumerate(request.rows())]
+    _check_branches(rows, most_tokens)
     if request.loss == "gspo" and any(row.branches for row in rows):
         raise UsageError("gspo looks at whole sequences; its target_tokens must be the input's own next tokens")
     if request.forward_only:
@@ -121,6 +127,18 @@ class _Learned:
         before = [0.0] * (t + 1)
         streams = {name: [*before, float(stream[t])] for name, stream in self.streams.items()}
         return Datum([*self.tokens[: t + 1], self.targets[t]], [*before, weight], streams)
+
+
+def _check_branches(rows: Sequence[_Learned], most_tokens: int) -> None:
+    # Before any branch is built: t targets beside one sequence are of the order of t * t tokens.
+    tokens = sum(len(row.tokens) + sum(t + 1 for t in row.branches) for row in rows)
+    if tokens > most_tokens:
+        beside, targets = sum(len(row.branches) for row in rows), sum(len(row.targets) for row in rows)
+        raise UsageError(
+            f"{beside} of the request's {targets} targets are not the input's next token. Each is learned on a "
+            f"sequence of its own, which comes to {tokens} tokens, and {most_tokens} are allowed. "
+            "target_tokens must be the inputs shifted by one: tokens[:-1] as model_input, tokens[1:] as target_tokens"
+        )
 
 
 def _gathered(rows: Sequence[_Learned], logprobs: Sequence[Sequence[float]]) -> list[list[float]]:

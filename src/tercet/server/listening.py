@@ -10,7 +10,7 @@ import uvicorn
 
 from tercet.errors import UsageError
 from tercet.server.app import make_app
-from tercet.server.served import Limits, Served
+from tercet.server.served import NO_TOKEN, Limits, Served
 from tercet.server.service import Service
 from tercet.server.store import Store
 
@@ -60,7 +60,8 @@ def listen(
     app = make_app(Service(served, Store(root), limits), token=token, local_only=local_only)
     where = f"[{host}]" if ":" in host else host
     say(f"names: {', '.join(served.names)}; checkpoints in {root}")
-    say(f"serving: TINKER_BASE_URL=http://{where}:{port} TINKER_API_KEY={token or 'tml-local'}")
+    key = f"TINKER_API_KEY={NO_TOKEN}" if token is None else "and TINKER_API_KEY as it was given"
+    say(f"serving: TINKER_BASE_URL=http://{where}:{port} {key}")
     config = uvicorn.Config(
         app,
         log_level="warning",

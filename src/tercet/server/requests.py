@@ -10,6 +10,8 @@ from tercet.errors import UsageError
 from tercet.types import AdamParams, LoraConfig
 
 Metadata = dict[str, Any]
+# Every trained weight takes 16 bytes with gradient and optimizer; ranks beyond the width of layers buy nothing.
+MOST_RANK = 1024
 
 
 class _Request(BaseModel):
@@ -63,8 +65,11 @@ class Lora(_Request):
         """As engines know it; alpha is 32 whatever the rank, as on the hosted service.
 
         Raises:
-            UsageError: Nothing is to be trained.
+            ConfigError: The rank is below 1.
+            UsageError: It is too large, or nothing is to be trained.
         """
+        if self.rank > MOST_RANK:
+            raise UsageError(f"the LoRA rank is {self.rank}; here it is from 1 to {MOST_RANK} (16 to 64 is usual)")
         if not (self.train_mlp or self.train_attn):
             raise UsageError("neither train_attn nor train_mlp is set; adapters here sit on these layers")
         attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")

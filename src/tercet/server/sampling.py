@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
 from tercet.engine.base import Sampler
 from tercet.errors import TercetError, UsageError
 from tercet.server.promises import PROTOBUF, Answer, Promise, failure
 from tercet.server.requests import Sample
-from tercet.server.wire import sample_response
-from tercet.types import SamplingParams, TopLogprobs
+from tercet.server.wire import sample_response, top_message
+from tercet.types import SamplingParams
 
 LOG = logging.getLogger("tercet.server")
 TOP_TOKENS = 1000
 ROOM_STEP = 64
+# Entries of tables of likeliest tokens in one call: they are Python numbers until they are bytes.
+TOP_ENTRIES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Draw:
     top_of_samples: int
 
 
-def read_draw(request: Sample, promise: Promise, *, context_tokens: int, vocabulary: int, most_samples: int) -> Draw:
+def read_draw(
+    request: Sample, promise: Promise, *, context_tokens: int, vocabulary: int, most_samples: int, most_tokens: int
+) -> Draw:
     """A request as the engine will be asked it.
 
     Args:
@@ -44,6 +49,7 @@ def read_draw(request: Sample, promise: Promise, *, context_tokens: int, vocabul
         context_tokens: The longest sequence the model takes.
         vocabulary: How many tokens the model knows.
         most_samples: How many samples one request may ask for.
+        most_tokens: How many tokens one may ask for, those of tables of likeliest tokens among them.
 
     Raises:
         UsageError: It cannot be carried out; the message says why.
@@ -76,6 +82,15 @@ def read_draw(request: Sample, promise: Promise, *, context_tokens: int, vocabul
     ):
         if not 0 <= k <= TOP_TOKENS:
             raise UsageError(f"{name} is {k}; it must be from 0 to {TOP_TOKENS}")
+    asked_for = request.num_samples * max_tokens * (1 + request.topk_sample_logprobs)
+    asked_for += len(prompt) * request.topk_prompt_logprobs
+    if asked_for > most_tokens:
+        raise UsageError(
+            f"the request is for {asked_for} tokens ({request.num_samples} samples of {max_tokens}, the "
+            f"{request.topk_sample_logprobs} likeliest beside each, and {request.topk_prompt_logprobs} at each of the "
+            f"prompt's {len(prompt)}), and {most_tokens} are allowed; ask for fewer at once, or start the server with "
+            "a larger --limits.sample-tokens"
+        )
     last = request.prompt_logprobs_last_n
     if last is not None and not 1 <= last < max(2, len(prompt)):
         raise UsageError(f"prompt_logprobs_last_n is {last}; it must be from 1 to {len(prompt) - 1}")
@@ -135,20 +150,63 @@ def _answers(sampler: Sampler, draws: Sequence[Draw]) -> list[Answer]:
     logprobs = {
         i: [nan] * start + row for i, start, row in zip(asking, starts, scored, strict=True)
     }  # fmt: skip
-    answers = []
+    tables: dict[tuple[int, int], _Table] = {}
     for i, (draw, completions) in enumerate(zip(draws, drawn, strict=True)):
-        top_of_prompt: TopLogprobs | None = None
         if draw.top_of_prompt:
             start = draw.prompt_from or 1
-            [found] = sampler.top_logprobs([draw.prompt], draw.top_of_prompt, [start]).result()
-            top_of_prompt = [[] for _ in range(start)] + found
-        tops = None
+            tables[i, 0] = _Table(draw.prompt, start, draw.top_of_prompt, 1.0, blank=start)
         if draw.top_of_samples:
-            whole = [[*draw.prompt, *completion.tokens] for completion in completions]
-            starts = [len(draw.prompt)] * len(whole)
-            tops = sampler.top_logprobs(whole, draw.top_of_samples, starts, draw.params.temperature).result()
+            for k, each in enumerate(completions, start=1):
+                whole = (*draw.prompt, *each.tokens)
+                tables[i, k] = _Table(whole, len(draw.prompt), draw.top_of_samples, first.params.temperature)
+    told = _likeliest(sampler, tables)
+    answers = []
+    for i, completions in enumerate(drawn):
         content = sample_response(
-            completions, prompt_logprobs=logprobs.get(i), top_of_prompt=top_of_prompt, tops=tops
-        )  # fmt: skip
+            completions,
+            prompt_logprobs=logprobs.get(i),
+            top_of_prompt=told.get((i, 0)),
+            tops=[told.get((i, k)) for k in range(1, len(completions) + 1)],
+        )
         answers.append(Answer(content, PROTOBUF))
     return answers
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The `k` likeliest tokens at every place of a sequence from `start` on."""
+
+    tokens: tuple[int, ...]
+    start: int
+    k: int
+    temperature: float
+    blank: int = 0
+    """Empty places before those, as an answer has them."""
+
+    @property
+    def entries(self) -> int:
+        return self.k * (len(self.tokens) - self.start)
+
+
+def _likeliest(sampler: Sampler, tables: Mapping[tuple[int, int], _Table]) -> dict[tuple[int, int], Any]:
+    """The tables as messages: a call for all that have `k` and temperature in common, several where they are large."""
+    alike: dict[tuple[int, float], list[tuple[int, int]]] = {}
+    for place, table in tables.items():
+        alike.setdefault((table.k, table.temperature), []).append(place)
+    found: dict[tuple[int, int], Any] = {}
+    for (k, temperature), places in alike.items():
+        calls: list[list[tuple[int, int]]] = []
+        room = 0
+        for place in places:
+            room -= tables[place].entries
+            if room < 0 or not calls:
+                calls.append([])
+                room = TOP_ENTRIES - tables[place].entries
+            calls[-1].append(place)
+        for call in calls:
+            asked = [tables[place] for place in call]
+            sequences, starts = [table.tokens for table in asked], [table.start for table in asked]
+            tops = sampler.top_logprobs(sequences, k, starts, temperature).result()
+            for place, table, top in zip(call, asked, tops, strict=True):
+                found[place] = top_message([[] for _ in range(table.blank)] + top)
+    return found

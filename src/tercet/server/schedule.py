@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from tercet.engine.base import Sampler
 from tercet.server.promises import Answer, Promise
 from tercet.server.sampling import Draw, draw_together, failed
+from tercet.server.sessions import Model
+from tercet.server.wire import LearnRequest
 
 # A burst of requests comes one HTTP request at a time: the first would otherwise be decoded alone, at the cost of all.
 # They are waited for as long as they keep coming, but not for long.
@@ -103,6 +105,30 @@ class Schedule:
 
     async def _in_thread(self, work: Callable[[], Sequence[Answer]]) -> Sequence[Answer]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+class Backlog:
+    """Data to learn from that wait, with what is being learned."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._sizes: dict[Promise, int] = {}
+
+    def has_room(self, model: Model, seq_id: int) -> bool:
+        """Whether one more may come. One that others wait for always may, as may one that came before."""
+        came, missing = seq_id < model.next_seq or seq_id in model.waiting, bool(model.waiting)
+        return came or (missing and seq_id == model.next_seq) or self.bytes < self.most_bytes
+
+    def add(self, request: LearnRequest, promise: Promise) -> Promise:
+        """Count a request until its promise is kept, or forgotten."""
+        self._sizes[promise] = request.size
+        return promise
+
+    @property
+    def bytes(self) -> int:
+        """How much there is of it."""
+        self._sizes = {promise: size for promise, size in self._sizes.items() if not promise.done.is_set()}
+        return sum(self._sizes.values())
 
 
 def _done(job: _Job) -> Answer:

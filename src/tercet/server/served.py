@@ -8,6 +8,9 @@ from pathlib import Path
 from tercet.engine.base import Engine
 from tercet.errors import ConfigError, UsageError
 
+# What clients are told to give where nothing is asked for: the SDK wants a key.
+NO_TOKEN = "tml-local"
+
 
 @dataclass(frozen=True)
 class Served:
@@ -50,6 +53,10 @@ class Limits:
     """Most samples of one request."""
     waiting_samples: int = 8192
     """Samples that may wait; beyond, clients are told to come back later (429)."""
+    sample_tokens: int = 10_000_000
+    """Most tokens that one request to sample may ask for: of its samples, and of tables of likeliest tokens."""
+    waiting_mb: int = 1000
+    """Data to learn from that may wait, in millions of bytes; beyond, clients are told to come back later (429)."""
     models: int = 32
     """Models being trained at once, over all sessions."""
     samplers: int = 64

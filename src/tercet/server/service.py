@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tercet.engine.base import Sampler
+from tercet.engine.base import Sampler, Trainer
 from tercet.errors import CheckpointError, TercetError, UsageError
 from tercet.server import requests as asked
 from tercet.server.learning import learn
 from tercet.server.promises import PROTOBUF, Answer, Promise, Promises, answer, failure
 from tercet.server.sampling import read_draw
-from tercet.server.schedule import Schedule
+from tercet.server.schedule import Backlog, Schedule
 from tercet.server.served import Limits, Served
 from tercet.server.sessions import Model, SamplerEntry, Samplers, Session
 from tercet.server.store import Checkpoint, Run, Store, checked_name, now
 from tercet.server.wire import LearnRequest
 from tercet.types import Weights
 
+LOG = logging.getLogger("tercet.server")
 # A client's own time-out is 45 s.
 LONG_POLL_S = 38.0
 KEPT_S, KEPT_UNFETCHED_S = 120.0, 3600.0
@@ -47,7 +50,7 @@ class Service:
 
     def __init__(self, served: Served, store: Store, limits: Limits) -> None:
         self.served, self.store, self.limits = served, store, limits
-        self.schedule = Schedule()
+        self.schedule, self.backlog = Schedule(), Backlog(limits.waiting_mb * 1_000_000)
         self.promises = Promises(kept_s=KEPT_S, kept_unfetched_s=KEPT_UNFETCHED_S)
         self.sessions: dict[str, Session] = {}
         self.models: dict[str, Model] = {}
@@ -90,25 +93,20 @@ class Service:
         for promise in self.schedule.drop(lambda promise: promise.session_id == session_id):
             self.promises.forget(promise)
         for sampler_id in session.samplers:
-            entry = self.entries.pop(sampler_id, None)
-            if entry is not None and entry.model_path is None and entry.weights != BASE:
-                self.samplers.drop(entry.weights)
+            self._drop_entry(sampler_id)
         for model_id in session.models:
             model = self.models.pop(model_id, None)
             if model is not None:
+                for promise in model.let_go():
+                    self.promises.forget(promise)
                 self.schedule.submit(Promise("", None, session_id), lambda model=model: _close(model))  # type: ignore[misc]
 
     # Models
 
     def create_model(self, request: asked.CreateModel) -> Promise:
         """Begin to train new weights."""
-        session = self.heard(request.session_id)
-        model_id = f"{session.session_id}:train:{request.model_seq_id}"
-        promise, new = self.promises.of((model_id, 0), session.session_id)
-        if not new:
-            return promise
 
-        def work() -> Answer:
+        def work(model: Model) -> Answer:
             if request.optimizer_config.type != "adamw":
                 raise UsageError(f"the optimizer {request.optimizer_config.type!r} is not here; adamw is")
             lora = (request.lora_config or asked.Lora(rank=32)).config()
@@ -116,34 +114,23 @@ class Service:
             model.trainer = self.served.engine.trainer(lora=lora, seed=seed)
             model.lora_rank = lora.rank
             self._begin_run(model, request.user_metadata)
-            return answer(model_id=model_id, type="create_model")
+            return answer(model_id=model.model_id, type="create_model")
 
-        model = self._new_model(model_id, session, request.base_model)
-        self._create(promise, model, work)
-        return promise
+        return self._create(request.session_id, request.model_seq_id, request.base_model, work)
 
     def create_model_from(self, request: asked.LoadWeights) -> Promise:
         """Begin to train saved weights; with `optimizer`, exactly where they stood."""
-        session = self.heard(request.session_id or "")
-        model_id = f"{session.session_id}:train:{request.model_seq_id}"
-        promise, new = self.promises.of((model_id, 0), session.session_id)
-        if not new:
-            return promise
 
-        def work() -> Answer:
+        def work(model: Model) -> Answer:
             saved = self._loadable(request.path)
             model.base_model = request.base_model or saved.run.base_model
             self.served.checked(model.base_model)
-            trainer = self.served.engine.trainer(init=Weights(saved.directory))
-            if request.optimizer:
-                trainer.load(Weights(saved.directory)).result()
-            model.trainer, model.lora_rank = trainer, saved.run.lora_rank
+            model.trainer = self._loaded(saved, optimizer=request.optimizer)
+            model.lora_rank = saved.run.lora_rank
             self._begin_run(model, request.user_metadata)
-            return answer(path=request.path, model_id=model_id, type="load_weights")
+            return answer(path=request.path, model_id=model.model_id, type="load_weights")
 
-        model = self._new_model(model_id, session, request.base_model)
-        self._create(promise, model, work)
-        return promise
+        return self._create(request.session_id or "", request.model_seq_id, request.base_model, work)
 
     def model(self, model_id: str) -> Model:
         """The model of this id.
@@ -154,8 +141,8 @@ class Service:
         found = self.models.get(model_id)
         if found is None:
             raise Missing(
-                f"there is no model {model_id} in training: its session is over, or this server was started after it; "
-                "create a training client from its last checkpoint"
+                f"there is no model {model_id} in training: it could not be made, its session is over, or this server "
+                "was started after it; create a training client from its last checkpoint"
             )
         session = self.sessions.get(found.session_id)
         if session is not None:
@@ -188,9 +175,11 @@ class Service:
                     f"the request has {tokens} tokens, and {self.limits.request_tokens} are allowed; send it in "
                     "pieces, whose gradients add up"
                 )
-            return Answer(learn(model.trained(), request), PROTOBUF)
+            return Answer(learn(model.trained(), request, most_tokens=self.limits.request_tokens), PROTOBUF)
 
-        return self._in_order(request.model_id, request.seq_id, work)
+        if not self.backlog.has_room(self.model(request.model_id), request.seq_id):
+            raise Busy(f"{self.limits.waiting_mb} MB to learn from wait already; try again in a second")
+        return self.backlog.add(request, self._in_order(request.model_id, request.seq_id, work))
 
     def optim_step(self, request: asked.OptimStep) -> Promise:
         """Use the gradient."""
@@ -228,25 +217,31 @@ class Service:
 
         def work(model: Model) -> Answer:
             sampler_id = f"{model.session_id}:sample:{request.sampling_session_seq_id}"
-            self.samplers.keep(sampler_id, model.trained().sampler())
+            self.samplers.keep(sampler_id, model.trained().sampler(), model.session_id)
             self._add_entry(SamplerEntry(sampler_id, model.session_id, model.base_model, None, sampler_id))
+            # Looked at last: the event loop may end the session at any moment, and lets go of what it then finds.
+            session = self.sessions.get(model.session_id)
+            if session is None or session.finished is not None:
+                self._drop_entry(sampler_id)
+                raise UsageError(f"the session {model.session_id} is over; nobody could draw from the sampler")
             return answer(sampling_session_id=sampler_id, path=None, type="save_weights_for_sampler")
 
         return self._in_order(request.model_id, request.seq_id, work)
 
     def load_in_place(self, request: asked.LoadWeights) -> Promise:
-        """Let a model take over saved weights and optimizer."""
+        """Let a model take over saved weights and, with `optimizer`, where their training stood."""
 
         def work(model: Model) -> Answer:
             saved = self._loadable(request.path)
-            if request.optimizer:
-                model.trained().load(Weights(saved.directory)).result()
-            else:
-                old, model.trainer = model.trained(), self.served.engine.trainer(init=Weights(saved.directory))
-                old.close()
+            old, model.trainer = model.trained(), self._loaded(saved, optimizer=request.optimizer)
+            old.close()
+            run = self.store.run(model.model_id)
+            model.lora_rank = saved.run.lora_rank
+            if run is not None:
+                self.store.begin(replace(run, lora_rank=model.lora_rank))
             return answer(path=request.path, model_id=model.model_id, type="load_weights")
 
-        return self._in_order(request.model_id or "", request.seq_id or 0, work)
+        return self._in_order(request.model_id or "", request.seq_id, work)
 
     # Sampling
 
@@ -278,8 +273,10 @@ class Service:
         Raises:
             Busy: Too many samples wait already.
             Missing: There is no such sampler.
+            UsageError: The request has no number, by which it could be told from the others of its sampler.
         """
         if request.sampling_session_id is not None:
+            _checked_number(request.seq_id, "seq_id", least=0)
             entry = self.entry(request.sampling_session_id)
             session = self.sessions.get(entry.session_id)
             if session is not None:
@@ -296,6 +293,7 @@ class Service:
                 draw = read_draw(
                     request, promise, context_tokens=self.served.engine.context_tokens,
                     vocabulary=self.served.vocabulary, most_samples=self.limits.samples,
+                    most_tokens=self.limits.sample_tokens,
                 )  # fmt: skip
             except TercetError as error:
                 promise.keep(failure(str(error)))
@@ -327,25 +325,56 @@ class Service:
 
     # Within
 
-    def _new_model(self, model_id: str, session: Session, base_model: str | None) -> Model:
-        self.models[model_id] = model = Model(model_id, session.session_id, base_model or "")
-        session.models.append(model_id)
-        return model
+    def _create(
+        self, session_id: str, model_seq_id: int | None, base_model: str | None, work: Callable[[Model], Answer]
+    ) -> Promise:
+        """Make a model, if its name is right and there is room."""
+        session = self.heard(session_id)
+        model_id = f"{session_id}:train:{_checked_number(model_seq_id, 'model_seq_id', least=0)}"
+        promise, new = self.promises.of((model_id, 0), session_id)
+        if not new:
+            return promise
+        model, loop = Model(model_id, session_id, base_model or ""), asyncio.get_running_loop()
 
-    def _create(self, promise: Promise, model: Model, work: Callable[[], Answer]) -> None:
-        """Make a model's trainer, if its name is right and there is room."""
-        if len(self.models) > self.limits.models:
-            del self.models[model.model_id]
+        def made() -> Answer:
+            try:
+                return work(model)
+            except Exception:
+                _close(model)
+                # On the event loop, and before the client learns of it: what was not made takes no room.
+                loop.call_soon_threadsafe(self._not_made, model)
+                raise
+
+        if model_id in self.models:
+            promise.keep(failure(f"{model_id} is there already; give another model_seq_id"))
+        elif len(self.models) >= self.limits.models:
             promise.keep(
                 failure(
                     f"{self.limits.models} models are in training already; finish a session, or raise --limits.models"
                 )
             )
-        elif model.base_model and model.base_model not in self.served.names:
-            del self.models[model.model_id]
-            promise.keep(failure(_said(lambda: self.served.checked(model.base_model))))
+        elif base_model and base_model not in self.served.names:
+            promise.keep(failure(_said(lambda: self.served.checked(base_model))))
         else:
-            self.schedule.submit(promise, work)
+            self.models[model_id] = model
+            session.models.append(model_id)
+            self.schedule.submit(promise, made)
+        return promise
+
+    def _not_made(self, model: Model) -> None:
+        self.models.pop(model.model_id, None)
+        for promise in model.let_go():
+            promise.keep(failure(f"{model.model_id} could not be made"))
+
+    def _loaded(self, saved: Checkpoint, *, optimizer: bool) -> Trainer:
+        trainer = self.served.engine.trainer(init=Weights(saved.directory))
+        if optimizer:
+            try:
+                trainer.load(Weights(saved.directory)).result()
+            except Exception:
+                trainer.close()
+                raise
+        return trainer
 
     def _begin_run(self, model: Model, user_metadata: dict[str, Any] | None) -> None:
         began = now()
@@ -353,11 +382,12 @@ class Service:
             Run(model.model_id, model.base_model, self.served.name, model.lora_rank, user_metadata, began, began)
         )
 
-    def _in_order(self, model_id: str, seq_id: int, work: Callable[[Model], Answer]) -> Promise:
+    def _in_order(self, model_id: str, seq_id: int | None, work: Callable[[Model], Answer]) -> Promise:
         model = self.model(model_id)
-        promise, new = self.promises.of((model_id, seq_id), model.session_id)
+        number = _checked_number(seq_id, "seq_id", least=1)
+        promise, new = self.promises.of((model_id, number), model.session_id)
         if new:
-            model.in_order(seq_id, promise, lambda: self.schedule.submit(promise, lambda: work(model)))
+            model.in_order(number, promise, lambda: self.schedule.submit(promise, lambda: work(model)))
         return promise
 
     def _loadable(self, path: str) -> Checkpoint:
@@ -379,8 +409,14 @@ class Service:
 
     def _add_entry(self, entry: SamplerEntry) -> None:
         self.entries[entry.sampler_id] = entry
-        if entry.session_id in self.sessions:
-            self.sessions[entry.session_id].samplers.append(entry.sampler_id)
+        session = self.sessions.get(entry.session_id)
+        if session is not None:
+            session.samplers.append(entry.sampler_id)
+
+    def _drop_entry(self, sampler_id: str) -> None:
+        entry = self.entries.pop(sampler_id, None)
+        if entry is not None and entry.model_path is None and entry.weights != BASE:
+            self.samplers.drop(entry.weights)
 
     def _sampler(self, entry: SamplerEntry) -> Sampler:
         def make() -> Sampler:
@@ -398,12 +434,14 @@ class Service:
     async def _tidy_for_ever(self) -> None:
         while True:
             await asyncio.sleep(TIDY_EVERY_S)
-            self.tidy()
+            try:
+                self.tidy()
+            except Exception:
+                LOG.exception("not everything could be tidied; it is tried again in %g s", TIDY_EVERY_S)
 
     def tidy(self) -> None:
         """Let go of what nobody will ask for."""
         self.promises.tidy()
-        self.store.tidy()
         at = time.monotonic()
         silent = {each.session_id for each in self.sessions.values() if at - each.heard_at > SILENT_S}
         for promise in self.schedule.drop(lambda promise: promise.session_id in silent):
@@ -413,11 +451,18 @@ class Service:
                 self.finish(session.session_id, "interrupted")
             if session.finished is not None and at - session.heard_at > 2 * self.limits.session_timeout_s:
                 del self.sessions[session.session_id]
-        for model in self.models.values():
+        for model in list(self.models.values()):
             model.give_up_on_lost()
+        self.store.tidy()
 
 
 BASE: Hashable = "base"
+
+
+def _checked_number(number: int | None, name: str, *, least: int) -> int:
+    if number is None or number < least:
+        raise UsageError(f"{name} is {number}; every request has a number of its own, counted from {least}")
+    return number
 
 
 def _close(model: Model) -> Answer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,19 +70,20 @@ class Model:
             self.waiting.pop(self.next_seq).start()
             self.next_seq += 1
 
+    def let_go(self) -> list[Promise]:
+        """What waits for a request before it, which will not be done now."""
+        promises = [each.promise for each in self.waiting.values()]
+        self.waiting.clear()
+        return promises
+
     def give_up_on_lost(self) -> None:
         """Fail what has waited too long for a request that never came: without it, it would learn something else."""
         if not self.waiting or time.monotonic() - min(each.since for each in self.waiting.values()) < LOST_AFTER_S:
             return
-        for each in self.waiting.values():
-            each.promise.keep(
-                failure(
-                    f"request {self.next_seq} of {self.model_id} never came, and those after it cannot be done",
-                    "server",
-                )
-            )
+        said = f"request {self.next_seq} of {self.model_id} never came, and those after it cannot be done"
         self.next_seq = max(self.waiting) + 1
-        self.waiting.clear()
+        for promise in self.let_go():
+            promise.keep(failure(said, "server"))
 
 
 @dataclass
@@ -96,28 +99,49 @@ class SamplerEntry:
 
 
 class Samplers:
-    """Frozen weights in memory: those from disk are read again when they are needed, the others exist only here."""
+    """Frozen weights in memory: those from disk are read again when they are needed, the others exist only here.
+
+    Kept by the thread of the engine, dropped by that of the event loop.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._by_weights: dict[Hashable, Sampler] = {}
+        self._kept: dict[Hashable, tuple[str, Sampler]] = {}
+        self._lock = threading.Lock()
 
-    def keep(self, weights: Hashable, sampler: Sampler) -> None:
-        """Put a sampler in; the one that was unused longest makes room."""
-        self._by_weights.pop(weights, None)
-        self._by_weights[weights] = sampler
-        while len(self._by_weights) > self.most:
-            del self._by_weights[next(iter(self._by_weights))]
+    def keep(self, weights: Hashable, sampler: Sampler, owner: str = "") -> None:
+        """Put a sampler in.
+
+        Where there are too many, whoever keeps most makes room with the one of theirs that was unused longest, so that
+        nobody's many samplers cost another's only one.
+
+        Args:
+            weights: What it draws from.
+            sampler: Draws from it.
+            owner: The session that alone has these weights; empty for those that can be read again.
+        """
+        with self._lock:
+            self._kept.pop(weights, None)
+            self._kept[weights] = owner, sampler
+            while len(self._kept) > self.most:
+                [(most, _)] = Counter(owner for owner, _ in self._kept.values()).most_common(1)
+                del self._kept[next(weights for weights, (owner, _) in self._kept.items() if owner == most)]
 
     def get(self, weights: Hashable, make: Callable[[], Sampler]) -> Sampler:
-        """The sampler of these weights, made when it is not there."""
-        found = self._by_weights.get(weights)
-        self.keep(weights, make() if found is None else found)
-        return self._by_weights[weights]
+        """The sampler of these weights, read when it is not there."""
+        with self._lock:
+            found = self._kept.pop(weights, None)
+            if found is not None:
+                self._kept[weights] = found
+                return found[1]
+        sampler = make()
+        self.keep(weights, sampler)
+        return sampler
 
     def drop(self, weights: Hashable) -> None:
         """Take one out."""
-        self._by_weights.pop(weights, None)
+        with self._lock:
+            self._kept.pop(weights, None)
 
     def __len__(self) -> int:
-        return len(self._by_weights)
+        return len(self._kept)

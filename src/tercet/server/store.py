@@ -14,6 +14,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,8 @@ from tercet.runs.durable import UNFINISHED, remove_directory, remove_unfinished,
 SCHEME = "tinker://"
 KINDS = {"weights": "training", "sampler_weights": "sampler"}
 RUN_FILE, CHECKPOINT_FILE = "run.json", "checkpoint.json"
+# A checkpoint that is being replaced stands under this name until the new one is in its place.
+ASIDE = f"{UNFINISHED}old"
 # One name, no path: nothing that leads out of the folder, and nothing hidden.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+=@-]{0,199}")
 
@@ -97,22 +100,25 @@ def checked_name(name: str, what: str = "checkpoint") -> str:
 
 
 class Store:
-    """The folder of all runs."""
+    """The folder of all runs; several threads may use it at once."""
 
     def __init__(self, root: Path) -> None:
-        """Open it; what a killed server left half written is removed."""
+        """Open it; what a killed server left half written is removed, what it was replacing is put back."""
         self.root = root
+        self._changing = threading.Lock()
         root.mkdir(parents=True, exist_ok=True)
         for run in root.iterdir():
             for kind in KINDS:
                 if (run / kind).is_dir():
+                    _put_back(run / kind)
                     remove_unfinished(run / kind)
 
     def begin(self, run: Run) -> None:
         """Keep a new run, or what is new about one."""
         folder = self.root / checked_name(run.training_run_id, "training run")
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / RUN_FILE, json.dumps(asdict(run), indent=1))
+        with self._changing:
+            write_atomically(folder / RUN_FILE, json.dumps(asdict(run), indent=1))
 
     def touch(self, run_id: str) -> None:
         """Note that the run was asked for something."""
@@ -122,13 +128,14 @@ class Store:
 
     def run(self, run_id: str) -> Run | None:
         """The run of this id."""
-        path = self.root / checked_name(run_id, "training run") / RUN_FILE
-        return Run(**json.loads(path.read_text())) if path.is_file() else None
+        found = _json(self.root / checked_name(run_id, "training run") / RUN_FILE)
+        return None if found is None else Run(**found)
 
     def runs(self) -> list[Run]:
         """Every run, the newest first."""
-        found = [Run(**json.loads(path.read_text())) for path in self.root.glob(f"*/{RUN_FILE}")]
-        return sorted(found, key=lambda run: run.created, reverse=True)
+        found = [_json(path) for path in self.root.glob(f"*/{RUN_FILE}")]
+        runs = [Run(**each) for each in found if each is not None]
+        return sorted(runs, key=lambda run: run.created, reverse=True)
 
     def save(
         self,
@@ -153,9 +160,12 @@ class Store:
             overwrite: Whether it may replace one of the same name.
 
         Raises:
-            UsageError: The name cannot name a folder, or is taken.
+            UsageError: The name cannot name a folder, or is taken; or there is no such run.
         """
-        final = self.root / checked_name(run_id, "training run") / kind / checked_name(name)
+        run = self.run(run_id)
+        if run is None:
+            raise UsageError(f"there is no training run {run_id} to save a checkpoint of")
+        final = self.root / run_id / kind / checked_name(name)
         if final.exists() and not overwrite:
             raise UsageError(f"{SCHEME}{run_id}/{kind}/{name} is there already; give another name, or overwrite=True")
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -165,20 +175,18 @@ class Store:
         temporary.mkdir()
         write(temporary)
         expires = None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)
-        note = {
+        note: dict[str, Any] = {
             "time": now(),
             "size_bytes": sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file()),
             "user_metadata": None if user_metadata is None else dict(user_metadata),
             "expires_at": None if expires is None else expires.isoformat(),
         }
         (temporary / CHECKPOINT_FILE).write_text(json.dumps(note))
-        for path in temporary.rglob("*"):
+        for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        if final.exists():
-            remove_directory(final)
-        temporary.rename(final)
-        sync(final.parent)
-        return self.checkpoint(f"{SCHEME}{run_id}/{kind}/{name}")
+        with self._changing:
+            _replace(final, temporary)
+        return Checkpoint(run, kind, name, final, **note)
 
     def checkpoint(self, path: str) -> Checkpoint:
         """The checkpoint that a client names.
@@ -209,27 +217,39 @@ class Store:
             each
             for run in runs
             for kind in KINDS
-            for path in (self.root / run.training_run_id / kind).glob(f"*/{CHECKPOINT_FILE}")
+            for path in _finished(self.root / run.training_run_id / kind, f"*/{CHECKPOINT_FILE}")
             if (each := self._read(run, kind, path.parent.name)) is not None
         ]
         return sorted(found, key=lambda each: each.time, reverse=True)
 
     def delete(self, checkpoint: Checkpoint) -> None:
-        """Remove a checkpoint."""
-        remove_directory(checkpoint.directory)
+        """Remove a checkpoint.
+
+        Raises:
+            CheckpointError: Somebody else has.
+        """
+        with self._changing:
+            self._note(checkpoint)
+            remove_directory(checkpoint.directory)
 
     def expire_in(self, checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
-        """Say anew when it expires; None never."""
-        path = checkpoint.directory / CHECKPOINT_FILE
-        note = json.loads(path.read_text())
+        """Say anew when it expires; None never.
+
+        Raises:
+            CheckpointError: It has been removed.
+        """
         until = None if ttl_seconds is None else (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat()
-        write_atomically(path, json.dumps({**note, "expires_at": until}))
+        with self._changing:
+            note = {**self._note(checkpoint), "expires_at": until}
+            write_atomically(checkpoint.directory / CHECKPOINT_FILE, json.dumps(note))
 
     def tidy(self) -> None:
         """Remove what has expired."""
-        for path in self.root.glob(f"*/*/*/{CHECKPOINT_FILE}"):
-            if _expired(json.loads(path.read_text())["expires_at"]):
-                remove_directory(path.parent)
+        for path in _finished(self.root, f"*/*/*/{CHECKPOINT_FILE}"):
+            with self._changing:
+                note = _json(path)
+                if note is not None and _expired(note["expires_at"]):
+                    remove_directory(path.parent)
 
     def archive(self, checkpoint: Checkpoint) -> Iterator[bytes]:
         """The checkpoint's files as a tar, piece by piece."""
@@ -241,11 +261,58 @@ class Store:
 
     def _read(self, run: Run, kind: str, name: str) -> Checkpoint | None:
         directory = self.root / run.training_run_id / kind / name
-        path = directory / CHECKPOINT_FILE
-        if not path.is_file():
+        with self._changing:
+            note = _json(directory / CHECKPOINT_FILE)
+        if note is None or _expired(note["expires_at"]):
             return None
-        note = json.loads(path.read_text())
-        return None if _expired(note["expires_at"]) else Checkpoint(run, kind, name, directory, **note)
+        return Checkpoint(run, kind, name, directory, **note)
+
+    def _note(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        note = _json(checkpoint.directory / CHECKPOINT_FILE)
+        if note is None:
+            raise CheckpointError(f"the checkpoint {checkpoint.path} has just been removed")
+        return note
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """What a file holds, unless it is not there: another thread may have removed it since it was listed."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found
+
+
+def _finished(folder: Path, pattern: str) -> list[Path]:
+    """The files of checkpoints, without those of one that is being written, replaced or removed."""
+    return [path for path in folder.glob(pattern) if UNFINISHED not in path.parent.name]
+
+
+def _replace(final: Path, new: Path) -> None:
+    """Put a folder in another one's place, so that one of the two is there whole whenever the machine stops."""
+    aside = final.with_name(final.name + ASIDE)
+    if aside.exists():
+        shutil.rmtree(aside)
+    if final.exists():
+        final.rename(aside)
+    try:
+        new.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
+    sync(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo a replacement that a killed server had half done."""
+    for aside in folder.glob(f"*{ASIDE}"):
+        final = aside.with_name(aside.name.removesuffix(ASIDE))
+        if not final.exists():
+            aside.rename(final)
+            sync(folder)
 
 
 def _pack(checkpoint: Checkpoint, file: IO[bytes]) -> None:

@@ -34,6 +34,8 @@ class LearnRequest:
     loss: str
     forward_only: bool
     message: Any
+    size: int
+    """In bytes, as it came."""
 
     def tokens(self) -> int:
         """How many tokens it holds."""
@@ -72,7 +74,7 @@ def read_learn_request(body: bytes) -> LearnRequest:
         message.ParseFromString(body)
     except Exception as error:  # protobuf's own error has another class in each of its implementations
         raise UsageError(f"the body is no ForwardBackwardRequest: {error}") from error
-    return LearnRequest(message.model_id, message.seq_id, message.loss_fn, message.forward_only, message)
+    return LearnRequest(message.model_id, message.seq_id, message.loss_fn, message.forward_only, message, len(body))
 
 
 def _row(i: int, datum: Any) -> Row:
@@ -114,15 +116,15 @@ def sample_response(
     completions: Sequence[Completion],
     *,
     prompt_logprobs: Sequence[float] | None = None,
-    top_of_prompt: TopLogprobs | None = None,
-    tops: Sequence[TopLogprobs] | None = None,
+    top_of_prompt: Any = None,
+    tops: Sequence[Any] = (),
 ) -> bytes:
     """Samples of one prompt.
 
     Args:
         completions: The samples.
         prompt_logprobs: Of every token of the prompt; NaN stands for none.
-        top_of_prompt: The likeliest tokens at every place of the prompt.
+        top_of_prompt: The likeliest tokens at every place of the prompt, as `top_message` has them, or None.
         tops: The same at every place of each sample.
     """
     message = MESSAGES["SampleResponse"]()
@@ -132,18 +134,20 @@ def sample_response(
             tokens=np.asarray(completion.tokens, "<i4").tobytes(),
             logprobs=np.asarray(completion.logprobs, "<f4").tobytes(),
         )
-        if tops is not None:
-            _fill_top(sequence.topk_sampled_logprobs, tops[i])
+        if tops and tops[i] is not None:
+            sequence.topk_sampled_logprobs.CopyFrom(tops[i])
     if prompt_logprobs is not None:
         message.prompt_logprobs = np.asarray(prompt_logprobs, "<f4").tobytes()
     if top_of_prompt is not None:
-        _fill_top(message.topk_prompt_logprobs, top_of_prompt)
+        message.topk_prompt_logprobs.CopyFrom(top_of_prompt)
     return bytes(message.SerializeToString())
 
 
-def _fill_top(message: Any, top: TopLogprobs) -> None:
-    k = max((len(row) for row in top), default=0)
+def top_message(top: TopLogprobs) -> Any:
+    """The likeliest tokens at every place, a table whose missing entries are filled up."""
+    message = MESSAGES["TopkLogprobs"](length=len(top))
+    message.k = k = max((len(row) for row in top), default=0)
     padded = [[*row, *[(NO_TOKEN, NO_LOGPROB)] * (k - len(row))] for row in top]
     message.token_ids = np.asarray([[token for token, _ in row] for row in padded], "<i4").tobytes()
     message.logprobs = np.asarray([[logprob for _, logprob in row] for row in padded], "<f4").tobytes()
-    message.k, message.length = k, len(top)
+    return message

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import re
 import signal
 import subprocess
@@ -22,16 +24,17 @@ PROMPT_TOKENS, MAX_TOKENS = 24, 32
 
 
 def resident_mb(pid: int) -> float:
-    """Memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1000
+    """Memory of a process; NaN where it is not told."""
+    status = Path(f"/proc/{pid}/status")
+    return int(re.findall(r"VmRSS:\s+(\d+)", status.read_text())[0]) / 1000 if status.exists() else math.nan
 
 
 @contextmanager
 def server(out: str) -> Iterator[tuple[int, str]]:
     """A server of `tiny`: its process and where it listens."""
     words = ["serve", "--model", "tiny", "--threads", "1", "--port", "0", "--out", out]
-    process = subprocess.Popen([sys.executable, "-m", "tercet.cli.main", *words], stdout=subprocess.PIPE, text=True)
+    command, environment = [sys.executable, "-m", "tercet.cli.main", *words], {**os.environ, "TINKER_API_KEY": ""}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -84,7 +87,7 @@ def load(url: str, pid: int, clients: int, requests: int) -> dict[str, Any]:
         "different_samples": len(tokens),
         "seconds": round(seconds, 1),
         "samples_per_s": round(len(answers) / seconds, 1),
-        "memory_mb_first_and_most": [round(memory[0]), round(max(memory))],
+        "memory_mb_first_most_and_last": [round(each, 1) for each in (memory[0], max(memory), memory[-1])],
     }
 
 

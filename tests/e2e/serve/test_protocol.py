@@ -202,6 +202,22 @@ def test_going_on_from_a_state_equals_never_having_stopped(client: Any):
     assert rows[0] == rows[1] != rows[2]
 
 
+def test_a_model_takes_over_a_state_in_place(client: Any):
+    model = learned(client)
+    saved = model.save_state("taken-over").result().path
+    plain, whole = new_model(client), learned(client, 1)
+    assert plain.load_state(saved).result().path == saved
+    whole.load_state_with_optimizer(saved).result()
+    rows = [logprobs_of(each.forward(data(), "cross_entropy").result()) for each in (model, whole, plain)]
+    assert rows[0] == rows[1] == rows[2]
+    for each in (model, whole, plain):
+        for _ in range(2):
+            each.forward_backward(data(), "cross_entropy")
+            each.optim_step(types.AdamParams(**ADAM)).result()
+    rows = [logprobs_of(each.forward(data(), "cross_entropy").result()) for each in (model, whole, plain)]
+    assert rows[0] == rows[1] != rows[2]
+
+
 def test_a_checkpoint_outlives_its_session_and_the_server(tercet: CommandLine, tmp_path: Path):
     first = start(tercet, tmp_path)
     client = first.client()

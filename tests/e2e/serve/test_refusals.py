@@ -114,8 +114,8 @@ def test_a_server_with_a_token_asks_for_it_and_one_without_is_for_this_machine(
     refused = tercet("serve", "--model", "tiny", "--host", "0.0.0.0", code=2).err
     assert "a token is required" in refused
     guarded = start(
-        tercet, tmp_path, "--token", "tml-only-for-us", "--host", "0.0.0.0", "--limits.body-mb", 1,
-        "--limits.waiting-samples", 1,
+        tercet, tmp_path, "--host", "0.0.0.0", "--limits.body-mb", 1, "--limits.waiting-samples", 1,
+        token="tml-only-for-us",
     )  # fmt: skip
     guarded.url = guarded.url.replace("0.0.0.0", "127.0.0.1")
     assert guarded.ask("GET", "/api/v1/healthz")[0] == 200
@@ -125,17 +125,7 @@ def test_a_server_with_a_token_asks_for_it_and_one_without_is_for_this_machine(
     with pytest.raises(tinker.AuthenticationError, match="the key is not this server's token"):
         kept(tinker.ServiceClient(base_url=guarded.url, api_key="tml-other")).create_sampling_client("tiny").result()
     # Only one may wait: the SDK is told 429, comes back, and loses none.
-    import httpx  # the SDK brings it
-
-    told_so: list[int] = []
-    send = httpx.AsyncClient.send
-
-    async def seen(self: Any, *args: Any, **settings: Any) -> Any:
-        response = await send(self, *args, **settings)
-        told_so.append(response.status_code)
-        return response
-
-    monkeypatch.setattr(httpx.AsyncClient, "send", seen)
+    told_so = statuses(monkeypatch)
     client = guarded.client()
     sampler = client.create_sampling_client(base_model="tiny").result()
     params = types.SamplingParams(max_tokens=2)
@@ -144,17 +134,65 @@ def test_a_server_with_a_token_asks_for_it_and_one_without_is_for_this_machine(
         for i in range(4)
     ]
     assert [len(each.result().sequences[0].tokens) for each in asked] == [2, 2, 2, 2]
-    assert 429 in told_so
+    assert ("asample", 429) in told_so
     client.close("success")
     guarded.stop()
 
 
-def test_many_clients_lose_nothing_and_get_nothing_twice_when_one_of_them_dies():
+def statuses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What the SDK is told from here on: endpoint and status."""
+    import httpx  # the SDK brings it
+
+    told: list[tuple[str, int]] = []
+    send = httpx.AsyncClient.send
+
+    async def seen(self: Any, *args: Any, **settings: Any) -> Any:
+        response = await send(self, *args, **settings)
+        told.append((response.request.url.path.rpartition("/")[2], response.status_code))
+        return response
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", seen)
+    return told
+
+
+def test_a_server_with_a_token_may_stand_behind_a_proxy_and_tells_nobody_the_token(tercet: CommandLine, tmp_path: Path):
+    assert "token must begin with tml-" in tercet("serve", "--token", "secret-enough", code=2).err
+    short = tercet("serve", "--model", "tiny", code=2, environment={"TINKER_API_KEY": "tml-short"}).err
+    assert "TINKER_API_KEY must begin with tml-" in short
+    guarded = start(tercet, tmp_path, "--token", "tml-only-for-us")
+    assert "tml-only" not in guarded.started.out.read_text()
+    assert guarded.ask("GET", "/api/v1/healthz", Host="tinker.example")[0] == 401
+    guarded.token = "tml-only-for-us"
+    assert guarded.ask("GET", "/api/v1/healthz", Host="tinker.example")[0] == 200
+    assert guarded.ask("GET", "/api/v1/healthz", Host="tinker.example", Origin="https://tinker.example")[0] == 403
+    guarded.stop()
+
+
+def test_clients_whose_data_must_wait_come_back_and_lose_none(
+    tercet: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told_so = statuses(monkeypatch)
+    busy = start(tercet, tmp_path, "--limits.waiting-mb", 1)
+    client = busy.client()
+    model = new_model(client)
+    large = [datum([3 + i, *[40] * 999], weights=[0.0] * 998 + [1.0]) for i in range(35)]  # 16 bytes a token: 0.56 MB
+    asked = [model.forward_backward(large, "cross_entropy") for _ in range(4)]
+    steps = [each.result().metrics["loss:sum"] for each in asked]
+    assert steps[0] > 1 and steps == [pytest.approx(steps[0])] * 4
+    assert ("forward_backward", 429) in told_so
+    client.close("success")
+    busy.stop()
+
+
+def test_many_clients_lose_nothing_and_get_nothing_twice_when_one_of_them_dies_and_memory_stays_flat():
     script = Path(__file__).with_name("load.py")
-    command = [sys.executable, str(script), "--clients", "5", "--requests", "150"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(script), "--clients", "5", "--requests", "150", "--rounds", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert {found[key] for key in ("asked", "answered", "different_sequence_ids", "whole", "different_samples")} == {
-        120
-    }
+    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rounds) == 4
+    for found in rounds:
+        counted = ("asked", "answered", "different_sequence_ids", "whole", "different_samples")
+        assert {found[key] for key in counted} == {120}
+    _, second, *_, last = [found["memory_mb_first_most_and_last"][-1] for found in rounds]
+    assert not last >= 1.25 * second  # the first round brings in what all need; not a number where nobody tells

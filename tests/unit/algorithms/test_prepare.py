@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,41 @@ def test_all_pairs_of_a_prompt_are_held_out_together_and_by_the_seed():
     asked = [{pair.prompt for pair in split} for split in (found.train, found.test)]
     assert not asked[0] & asked[1] and [len(each) for each in asked] == [27, 3]  # a tenth at most
     assert found == again != other
+
+
+def test_prompts_that_come_again_or_begin_alike_are_held_out_together():
+    begun = (Message("user", "3"), Message("assistant", "Well?"), Message("user", "More."))
+    groups = [group([1.0, 0.0], prompt=str(i % 20)) for i in range(40)]
+    groups.append(replace(groups[3], prompt=begun))
+    for seed in range(5):
+        found = prepare(SelectionConfig(), groups, never, seed=seed)
+        first = [{pair.prompt[0] for pair in split} for split in (found.train, found.test)]
+        assert not first[0] & first[1] and [len(each) for each in first] == [18, 2]  # a tenth of 20 prompts
+        assert len(found.train) + len(found.test) == 41
+
+
+def test_one_prompt_over_and_over_is_learned_and_none_held_out():
+    found = prepare(SelectionConfig(), [group([1.0, 0.0])] * 30, never, seed=0)
+    assert (len(found.train), found.test) == (30, [])
+
+
+def test_equal_answers_are_taken_once_the_first_of_them_and_counted():
+    same = group([3.0, 3.0, 2.0, 1.0, 1.0], texts=["a 0", "a 0 ", "a 2", "a 3", "a 3"])
+    for select, wanted in (("best", [("0", "0"), ("2", "2")]), ("top_k", [("0", "3")])):
+        found, prepared = pairs([same], select=select, top_k=2)
+        assert found == wanted
+        assert prepared.dropped == {"answers equal to another one of their prompt": 2}
+
+
+def test_it_is_known_at_which_temperatures_answers_were_drawn():
+    told = [replace(group([1.0, 0.0]), columns={"sampling_temperature": t}) for t in (1.0, 0.5, 1, None, "hot")]
+    assert pairs([*told, group([1.0, 0.0])])[1].temperatures == (0.5, 1.0)
+
+
+def test_tokens_of_the_prompt_alone_are_made_where_they_alone_are_missing():
+    groups = [replace(group([1.0, 0.0, 0.5]), prompt_tokens=None)]
+    [pair] = prepare(SelectionConfig(), groups, lambda prompt, words: ((4, 4), (9, 9)), seed=0).train
+    assert (pair.prompt_tokens, pair.chosen.tokens, pair.rejected.tokens) == ((4, 4), (10,), (11,))
 
 
 def test_sampled_tokens_are_kept_as_they_were_and_missing_ones_made():

@@ -37,29 +37,45 @@ def answer(prompt, arm):
 def labelled(trainer, good=(2,)):
     """Every answer to every prompt, some of them good."""
     rows = [(answer(prompt, arm), arm in good) for arm in ARMS for prompt in PROMPTS]
-    others = mismatch([datum for datum, _ in rows])
+    others = mismatch([datum for datum, _ in rows], limit=2)
     found = [Labelled(datum, label, other) for (datum, label), other in zip(rows, others, strict=True)]
     return with_references(found, trainer.forward(Batch(sequences(found))).result().logprobs)
 
 
 def test_every_prompt_meets_an_answer_to_another():
     data = [answer(4, 0), answer(4, 1), answer(5, 2)]
-    assert [tuple(each.tokens) for each in mismatch(data)] == [(4, 2), (4, 2), (5, 1)]
+    assert [tuple(each.tokens) for each in mismatch(data, limit=2)] == [(4, 2), (4, 2), (5, 1)]
 
 
 def test_of_three_different_prompts_none_meets_its_own_answer():
     data = [answer(prompt, prompt - 3) for prompt in (3, 4, 5)]
-    assert [tuple(each.tokens) for each in mismatch(data)] == [(3, 2), (4, 0), (5, 1)]
+    assert [tuple(each.tokens) for each in mismatch(data, limit=2)] == [(3, 2), (4, 0), (5, 1)]
 
 
 def test_a_mismatched_answer_keeps_its_tokens_and_weights_whole():
     long, short = Datum([1, 2, 3, 4], [0.0, 0.0, 1.0, 0.5]), Datum([5, 6], [0.0, 1.0])
-    assert mismatch([long, short]) == [Datum((1, 2, 6), (0.0, 0.0, 1.0)), Datum((5, 3, 4), (0.0, 1.0, 0.5))]
+    assert mismatch([long, short], limit=4) == [Datum((1, 2, 6), (0.0, 0.0, 1.0)), Datum((5, 3, 4), (0.0, 1.0, 0.5))]
+
+
+def test_an_answer_that_does_not_fit_behind_the_prompt_makes_way_for_the_next_that_does():
+    far, long, short = (Datum([4, 0, 1], [0.0, 1.0, 1.0]), Datum([5, 0, 1, 2], [0.0, 1.0, 1.0, 1.0]),
+                        Datum([6, 7, 3], [0.0, 0.0, 1.0]))  # fmt: skip
+    found = [tuple(each.tokens) for each in mismatch([far, long, short], limit=4)]
+    # Behind 6 7 there is room for two tokens: of the rows before, the nearest has three, the next two.
+    assert found == [(4, 3), (5, 0, 1), (6, 7, 0, 1)]
+    assert [tuple(each.tokens) for each in mismatch([far, long, short], limit=5)][2] == (6, 7, 0, 1, 2)
+
+
+def test_where_no_other_answer_fits_the_nearest_loses_its_end():
+    long, full = Datum([4, 0, 1, 2], [0.0, 1.0, 0.5, 1.0]), Datum([5, 6, 7, 3], [0.0, 0.0, 0.0, 1.0])
+    assert mismatch([long, full], limit=4)[1] == Datum((5, 6, 7, 0), (0.0, 0.0, 0.0, 1.0))
+    twin = Datum([5, 6, 7, 2], [0.0, 0.0, 0.0, 1.0])  # its answer fits, but it is one to the same prompt
+    assert [tuple(each.tokens) for each in mismatch([long, full, twin], limit=4)][1:] == [(5, 6, 7, 0)] * 2
 
 
 def test_one_prompt_alone_is_refused():
     with pytest.raises(DataError, match="all 2 answers have the same prompt"):
-        mismatch([answer(4, 0), answer(4, 1)])
+        mismatch([answer(4, 0), answer(4, 1)], limit=2)
 
 
 def test_a_batch_of_one_is_refused():

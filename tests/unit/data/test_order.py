@@ -6,7 +6,7 @@ import pytest
 
 from tercet.data import hold_out, index_at, order
 from tercet.errors import ConfigError, DataError
-from tercet.types import Comparison, Message
+from tercet.types import Comparison, LabelledAnswer, Message
 
 
 def pair(asked: str, answer: str) -> Comparison:
@@ -67,6 +67,28 @@ def test_no_prompt_is_both_kept_and_held_out() -> None:
     assert not {row.prompt for row in kept} & {row.prompt for row in held}
 
 
+def test_good_and_bad_answers_to_a_prompt_are_on_one_side() -> None:
+    rows = [
+        LabelledAnswer((Message("user", f"Question {i // 2}"),), (Message("assistant", f"{i}"),), i % 2 == 0)
+        for i in range(40)
+    ]
+    kept, held = hold_out(rows, count=11, seed=0)
+    assert len(held) == 10  # groups of two
+    assert not {row.prompt for row in kept} & {row.prompt for row in held}
+
+
+def test_conversations_that_go_on_differently_are_on_one_side() -> None:
+    rows = [(Message("user", f"Question {i // 2}"), Message("assistant", f"Answer {i}")) for i in range(20)]
+    kept, held = hold_out(rows, count=4, seed=0)
+    assert len(held) == 4 and not {row[0] for row in kept} & {row[0] for row in held}
+
+
+def test_where_every_group_is_too_large_the_smallest_is_held_out() -> None:
+    rows = [pair(asked, str(i)) for asked, times in (("a", 5), ("b", 3), ("c", 4)) for i in range(times)]
+    for seed in range(4):
+        assert {row.prompt[0].content for row in hold_out(rows, count=2, seed=seed)[1]} == {"b"}
+
+
 def test_nothing_is_held_out_when_none_is_asked_for() -> None:
     assert hold_out([1, 2], count=0, seed=0) == ([1, 2], [])
 
@@ -81,5 +103,5 @@ def test_holding_out_everything_or_in_two_ways_is_refused() -> None:
 
 
 def test_rows_that_all_begin_alike_cannot_be_held_out() -> None:
-    with pytest.raises(DataError, match="smallest group has 4"):
+    with pytest.raises(DataError, match="1 of 4 rows cannot be held out: all 4 begin alike"):
         hold_out([pair("Hi", str(i)) for i in range(4)], count=1, seed=0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tercet.engine.base import Engine, Trainer
 from tercet.engine.local import LocalEngine
-from tercet.errors import EngineError
+from tercet.errors import EngineError, ModelError
 from tercet.models.load import load_model
 from tercet.types import AdamParams, LoraConfig, SamplingParams, Weights
 
@@ -49,6 +50,18 @@ def test_a_model_in_bfloat16_can_be_a_frozen_sampler(tmp_path):
 def test_nothing_at_a_path_is_refused(tmp_path):
     with pytest.raises(EngineError, match="holds neither an adapter nor model.safetensors"):
         LocalEngine(load_model("tiny")).sampler(Weights(tmp_path))
+
+
+def test_an_adapter_that_cannot_be_taken_over_leaves_nothing_behind(tmp_path):
+    engine = LocalEngine(load_model("tiny"))
+    trainer = engine.trainer(lora=LORA)
+    weights = trainer.save(tmp_path).result()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="the saved adapter has"):
+        engine.trainer(init=weights)
+    assert list(trainer.peft.peft_config) == [trainer.name]
 
 
 def test_samplers_share_the_bases_tensors():

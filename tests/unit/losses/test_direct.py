@@ -67,7 +67,7 @@ def discopop(z, tau):
     return -ls(z) * (1 - modulation) + math.exp(-z) * modulation
 
 
-# name, settings, value of every pair from (pairs, beta), value where policy and reference are one
+# name, settings, value of every pair from (pairs, beta), value (of every pair) where policy and reference are one
 FORMULAS = {
     "sigmoid": ("sigmoid", {}, lambda p, b: [-ls(b * d) for d in p.d], lambda b: math.log(2)),
     "conservative": (
@@ -81,6 +81,10 @@ FORMULAS = {
     "ipo": ("ipo", {}, lambda p, b: [(d - 0.5 / b) ** 2 for d in p.d], lambda b: 1 / (4 * b**2)),
     "ipo_mean": ("ipo_mean", {}, lambda p, b: [(d - 0.5 / b) ** 2 for d in p.mean_d], lambda b: 1 / (4 * b**2)),
     "sigmoid_norm": ("sigmoid_norm", {}, lambda p, b: [-ls(b * d) for d in p.mean_d], lambda b: math.log(2)),
+    "sigmoid_norm smoothed": (
+        "sigmoid_norm", {"label_smoothing": 0.2}, lambda p, b: [cdpo(b * d, 0.2) for d in p.mean_d],
+        lambda b: math.log(2),
+    ),
     "exo": (
         "exo", {"label_smoothing": 0.01}, lambda p, b: [exo(b * d, 0.01) for d in p.d],
         lambda b: -math.log(2) - 0.5 * math.log(0.99) - 0.5 * math.log(0.01),
@@ -108,6 +112,10 @@ FORMULAS = {
     "aot_unpaired": (
         "aot_unpaired", {}, lambda p, b: [-ls(b * d) for d in p.aot_unpaired], lambda b: math.log(2),
     ),
+    "aot_unpaired smoothed": (
+        "aot_unpaired", {"label_smoothing": 0.2}, lambda p, b: [cdpo(b * d, 0.2) for d in p.aot_unpaired],
+        lambda b: math.log(2),
+    ),
     "apo_zero": (
         "apo_zero", {}, lambda p, b: [1 - logistic(b * c) + logistic(b * r) for c, r in zip(p.c, p.r, strict=True)],
         lambda b: 1.0,
@@ -120,7 +128,15 @@ FORMULAS = {
         "discopop", {}, lambda p, b: [discopop(b * d, 0.05) for d in p.d], lambda b: 0.5 * math.log(2) + 0.5,
     ),
     "simpo": ("simpo", {"gamma": 0.4}, lambda p, b: [-ls(b * (w - v) - 0.4) for w, v in p.a], None),
+    "simpo smoothed": (
+        "simpo", {"gamma": 0.4, "label_smoothing": 0.2},
+        lambda p, b: [-0.8 * ls(b * (w - v) - 0.4) - 0.2 * ls(0.4 - b * (w - v)) for w, v in p.a], None,
+    ),
     "cpo": ("cpo", {"nll_weight": 0.7}, lambda p, b: [-ls(b * (w - v)) - 0.7 * w / 3 for w, v in p.s], None),
+    "cpo smoothed": (
+        "cpo", {"nll_weight": 0.7, "label_smoothing": 0.2},
+        lambda p, b: [cdpo(b * (w - v), 0.2) - 0.7 * w / 3 for w, v in p.s], None,
+    ),
     "orpo": (
         "orpo", {},
         lambda p, b: [
@@ -135,11 +151,21 @@ FORMULAS = {
             -0.8 * ls(b * d) + 0.2 * (-ls(b * c) - ls(-b * r)) - w / 3
             for d, c, r, (w, _) in zip(p.d, p.c, p.r, p.s, strict=True)
         ],
-        None,
+        lambda b: [1.2 * math.log(2) + 2.5 / 3, 1.2 * math.log(2) + 4 / 3],  # 0.8 ln 2 + 0.2 * 2 ln 2, and the NLL
     ),
+    # The gaps are 0.5 and -0.25; at the start the value is (eta g)^2 / eta.
     "rebel": (
+        "rebel", {"eta": 1.0},
+        lambda p, b: [(d - g) ** 2 for d, g in zip(p.d, (0.5, -0.25), strict=True)], lambda b: [0.25, 0.0625],
+    ),
+    "rebel far": (
         "rebel", {"eta": 2.0},
-        lambda p, b: [(d - 2 * g) ** 2 / 2 for d, g in zip(p.d, (0.5, -0.25), strict=True)], None,
+        lambda p, b: [(d - 2 * g) ** 2 / 2 for d, g in zip(p.d, (0.5, -0.25), strict=True)], lambda b: [0.5, 0.125],
+    ),
+    "rebel near": (
+        "rebel", {"eta": 0.1},
+        lambda p, b: [(d - 0.1 * g) ** 2 / 0.1 for d, g in zip(p.d, (0.5, -0.25), strict=True)],
+        lambda b: [0.025, 0.00625],
     ),
 }  # fmt: skip
 
@@ -154,7 +180,7 @@ def loss_of(name, policy, reference=None, *, beta=None, **settings):
     if loss.streams:
         streams["reference_logprobs"] = torch.tensor(reference or REFERENCE, dtype=torch.float64)
     indices = {"chosen": torch.tensor(CHOSEN), "rejected": torch.tensor(REJECTED)}
-    if beta is not None:
+    if beta is not None and name != "rebel":
         settings["beta"] = beta
     values, metrics = loss.function(*(known[each] for each in loss.inputs), **streams, **indices, **settings)
     return values, metrics, logprobs
@@ -164,7 +190,7 @@ def loss_of(name, policy, reference=None, *, beta=None, **settings):
 @pytest.mark.parametrize("case", FORMULAS)
 def test_a_value_is_what_the_formula_says(case, beta):
     name, settings, formula, _ = FORMULAS[case]
-    values, _, _ = loss_of(name, POLICY, beta=None if name == "rebel" else beta, **settings)
+    values, _, _ = loss_of(name, POLICY, beta=beta, **settings)
     assert values.tolist() == pytest.approx(formula(Pairs(POLICY, REFERENCE), beta), abs=1e-9)
 
 
@@ -172,7 +198,7 @@ def test_a_value_is_what_the_formula_says(case, beta):
 @pytest.mark.parametrize("case", FORMULAS)
 def test_a_gradient_is_the_formulas(case, beta):
     name, settings, formula, _ = FORMULAS[case]
-    values, _, logprobs = loss_of(name, POLICY, beta=None if name == "rebel" else beta, **settings)
+    values, _, logprobs = loss_of(name, POLICY, beta=beta, **settings)
     values.sum().backward()
 
     def total(change, i):
@@ -192,12 +218,18 @@ def test_a_gradient_is_the_formulas(case, beta):
 def test_where_policy_and_reference_are_one_the_value_is_known(case, beta):
     name, settings, _, start = FORMULAS[case]
     values, _, _ = loss_of(name, POLICY, POLICY, beta=beta, **settings)
-    assert values.tolist() == pytest.approx([start(beta)] * 2, abs=1e-9)
+    wanted = start(beta)
+    assert values.tolist() == pytest.approx(wanted if isinstance(wanted, list) else [wanted] * 2, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", PER_PAIR)
 def test_every_loss_of_pairs_is_tested(name):
     assert name in {case[0] for case in FORMULAS.values()}
+
+
+def test_every_loss_with_label_smoothing_is_tested_with_some():
+    smoothed = {name for name in PER_PAIR if "label_smoothing" in LOSSES[name].function.__annotations__}
+    assert smoothed == {name for name, settings, *_ in FORMULAS.values() if settings.get("label_smoothing")}
 
 
 @pytest.mark.parametrize("name", PER_PAIR)
@@ -216,6 +248,14 @@ def test_the_odds_of_a_sure_and_of_a_hopeless_answer_have_a_gradient(mean):
     values, _, logprobs = loss_of("orpo", [mean * n for n in LENGTHS[:2]] + POLICY[2:])
     values.sum().backward()
     assert values.isfinite().all() and logprobs.grad.isfinite().all()
+
+
+def test_orpo_tells_the_log_odds_of_the_chosen_answer_and_their_log_sigmoid():
+    _, metrics, _ = loss_of("orpo", POLICY)
+    gaps = [log_odds(w) - log_odds(v) for w, v in Pairs(POLICY, REFERENCE).a]
+    assert metrics["log_odds_chosen"].tolist() == pytest.approx(gaps, abs=1e-9)
+    assert metrics["log_odds_ratio"].tolist() == pytest.approx([ls(gap) for gap in gaps], abs=1e-9)
+    assert metrics["nll_loss"].tolist() == pytest.approx([2.5 / 3, 4 / 3], abs=1e-9)
 
 
 def test_simpo_of_the_papers_ratio_is_simpo_of_the_margin():

@@ -4,9 +4,14 @@ import json
 
 import pytest
 
+from tercet.algorithms.prepare import SelectionConfig, prepare
+from tercet.data import load_conversations
 from tercet.data.files import read_file
-from tercet.errors import ConfigError, UsageError
+from tercet.data.groups import Group, RankedPair, Sampled, load_groups, load_ranked_pairs
+from tercet.errors import ConfigError, DataError, UsageError
+from tercet.recipes.preparing import PrepareConfig, prepare_file, write_prepared
 from tercet.recipes.row_files import check_new, write_rows, write_whole
+from tercet.types import Message
 
 
 class Stopped(Exception):
@@ -70,3 +75,86 @@ def test_a_file_that_is_there_and_one_of_another_kind_are_refused(tmp_path):
         check_new(tmp_path / "rows.jsonl")
     with pytest.raises(UsageError, match=r"ends in none of .jsonl, .parquet"):
         check_new(tmp_path / "rows.csv")
+
+
+ASKED = (Message("user", "Well?"),)
+DIALOGUE = (*ASKED, Message("assistant", "Yes."), Message("user", "Why?"))
+
+
+def group(prompt, *rewards, **more):
+    """Answers of one token each, of which the last says more."""
+    answers = [Sampled(f"answer {i}", (i + 5,), (-1.0,), "stop", reward) for i, reward in enumerate(rewards)]
+    answers[-1] = Sampled(answers[-1].text, answers[-1].tokens, None, "stop", rewards[-1], **more)
+    return Group(prompt, tuple(answers), (1, 2, 3))
+
+
+@pytest.mark.parametrize("columns", ["tercet", "published"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_groups_that_differ_in_all_they_say_come_back_as_they_were(tmp_path, columns, suffix):
+    gone_on = (Message("user", "And?"), Message("assistant", ""))
+    groups = [
+        group(ASKED, 0.5),
+        group(DIALOGUE, 0.5, 1.0, -1.0, after=gone_on, columns={"judge": "a"}),
+        group(ASKED, 1.0, 0.0),
+    ]
+    out = tmp_path / f"groups.{suffix}"
+    write_rows(
+        out, {"seed": 0}, 3, lambda at, end: (each.row(columns) for each in groups[at:end]), verb="test", at_once=2
+    )
+    assert load_groups(str(out)) == groups
+
+
+def test_single_prompts_stay_text_in_a_table_without_a_dialogue(tmp_path):
+    for name, prompts in (("alike", [ASKED, ASKED]), ("mixed", [ASKED, DIALOGUE])):
+        write_whole(tmp_path / f"{name}.parquet", [group(each, 1.0).row("published") for each in prompts])
+    write_whole(tmp_path / "mixed.jsonl", [group(each, 1.0).row("published") for each in (ASKED, DIALOGUE)])
+    read = {path.name: [row["prompt"] for _, row in read_file(path)] for path in tmp_path.iterdir()}
+    turns = [{"role": "user", "content": "Well?"}]
+    assert read["alike.parquet"] == ["Well?", "Well?"]
+    assert read["mixed.jsonl"][0] == "Well?" and len(read["mixed.jsonl"][1]) == 3
+    assert read["mixed.parquet"] == [turns, read["mixed.jsonl"][1]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_pairs_of_single_prompts_and_dialogues_come_back_as_they_were(tmp_path, kind):
+    made = prepare(SelectionConfig(), [group(ASKED, 0.5, 1.0), group(DIALOGUE, 0.5, 1.0)], never, seed=0)
+    write_prepared(made, tmp_path / "pairs", select="best_worst", kind=kind, made_of={})
+    best, worst = Sampled("answer 1", (6,), reward=1.0), Sampled("answer 0", (5,), reward=0.5)
+    assert load_ranked_pairs(str(tmp_path / "pairs")) == [
+        RankedPair(prompt, best, worst, (1, 2, 3)) for prompt in (ASKED, DIALOGUE)
+    ]
+
+
+def never(prompt, words):
+    raise AssertionError("answers that bring tokens are not tokenised again")
+
+
+def test_a_column_of_several_kinds_is_named_and_its_rows_are_not_lost(tmp_path):
+    with pytest.raises(DataError, match=r"column 'id' cannot be written as parquet.*rows.parquet.part, which is jsonl"):
+        write_whole(tmp_path / "rows.parquet", [{"id": 1}, {"id": "b"}])
+    assert (tmp_path / "rows.parquet.part").read_text() == '{"id": 1}\n{"id": "b"}\n'
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_answers_whose_reward_is_no_number_are_left_out_and_counted(tmp_path, kind):
+    rows = [group(ASKED, 0.5, float("nan"), 1.0).row(), group(DIALOGUE, float("-inf"), 0.0).row()]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said: list[str] = []
+    config = PrepareConfig(data=str(tmp_path / "scored.jsonl"), out=tmp_path / "pairs", kind=kind)
+    [pair] = load_ranked_pairs(str(prepare_file(config, say=said.append)))
+    assert (pair.chosen.text, pair.rejected.text) == ("answer 2", "answer 0")
+    assert "left out: 2 answers whose reward is no number" in said
+
+
+@pytest.mark.parametrize("select", ["best_worst", "best"])
+def test_an_answer_without_words_goes_all_the_way_through_prepare(tmp_path, select):
+    silent = Group(
+        DIALOGUE, (Sampled("", (2,), (-1.0,), "eos", 1.0), Sampled("No.", (7, 2), None, "stop", 0.0)), (1, 2)
+    )
+    write_whole(tmp_path / "scored.jsonl", [silent.row()])
+    config = PrepareConfig(data=str(tmp_path / "scored.jsonl"), out=tmp_path / "pairs", select=select)
+    out = str(prepare_file(config, say=print))
+    if select == "best":
+        assert load_conversations(out).rows == [(*DIALOGUE, Message("assistant", ""))]
+    else:
+        assert load_ranked_pairs(out)[0].chosen == Sampled("", (2,), reward=1.0)

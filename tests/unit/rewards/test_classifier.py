@@ -6,7 +6,18 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, pipeline
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    pipeline,
+)
 
 from tercet.errors import ModelError
 from tercet.models.load import load_tokenizer
@@ -67,6 +78,53 @@ def test_what_cannot_be_read_is_refused(place, tmp_path):
         ClassifierReward(str(place), label="GOOD")
     with pytest.raises(ModelError, match="cannot be loaded"):
         ClassifierReward(str(tmp_path))
+
+
+WIDTH = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHORT = {
+    "bert": lambda size: BertForSequenceClassification(
+        BertConfig(vocab_size=size, max_position_embeddings=16, num_labels=1, **WIDTH)
+    ),
+    # Positions begin behind the padding index, which is 1: of 18 rows 16 are used.
+    "roberta": lambda size: RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=size, max_position_embeddings=18, pad_token_id=1, num_labels=1, **WIDTH)
+    ),
+    "gpt2": lambda size: GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=size, n_positions=16, n_embd=16, n_layer=1, n_head=2, num_labels=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_text_longer_than_the_classifiers_context_loses_its_end_and_is_counted_once(kind, tmp_path):
+    tokenizer = load_tokenizer("tiny")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        SHORT[kind](len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    said: list[str] = []
+    classifier = ClassifierReward(str(tmp_path), say=said.append)
+    assert classifier.max_length == 16
+    words = tokenizer(ROWS[0].text * 20)["input_ids"]
+    assert len(words) > 100
+    texts = (ROWS[0].text * 20, tokenizer.decode(words[:16]))
+    long, exact = (Candidate((), (Message("assistant", text),)) for text in texts)
+    found = classifier.rewards([ROWS[1], long, exact])
+    assert found[1] == found[2] != found[0]
+    assert (classifier.cut, classifier.scored) == (1, 3)
+    classifier.rewards([long])
+    [sentence] = said
+    assert sentence.startswith("1 of 3 texts have more than 16 tokens")
+
+
+def test_a_tokenizers_own_limit_counts_too(place, tmp_path):
+    for file in place.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 12}))
+    assert ClassifierReward(str(tmp_path), label="1").max_length == 12
+    assert ClassifierReward(str(tmp_path), label="1", max_length=10).max_length == 10
+    assert ClassifierReward(str(place), label="1").max_length == 1024  # of `tiny`; the model takes 2048
 
 
 OWN_CODE = """

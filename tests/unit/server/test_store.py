@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +101,59 @@ def test_runs_are_listed_the_newest_first(store):
     before = store.run(RUN)
     store.touch(RUN)
     assert store.run(RUN).last_request_time > before.last_request_time
+
+
+def test_what_is_being_written_is_not_listed(store):
+    save(store, "whole")
+    half = store.root / RUN / "weights" / "half.tmp-new"
+    half.mkdir()
+    (half / "checkpoint.json").write_text('{"time": "')
+    assert [each.name for each in store.checkpoints()] == ["whole"]
+    store.tidy()
+    assert half.exists()
+
+
+@pytest.mark.parametrize(("there", "wanted"), [({"old", "new"}, "old"), ({"old", "final"}, "final"), ({"old"}, "old")])
+def test_of_a_checkpoint_that_was_being_replaced_one_is_left_whenever_the_server_stops(store, there, wanted):
+    folder = save(store, content="final").directory
+    for name in ("old", "new"):
+        if name in there:
+            beside = folder.with_name(f"a.tmp-{name}")
+            beside.mkdir()
+            (beside / "file").write_text(name)
+            (beside / "checkpoint.json").write_text((folder / "checkpoint.json").read_text())
+    if "final" not in there:
+        (folder / "file").unlink()
+        (folder / "checkpoint.json").unlink()
+        folder.rmdir()
+    [found] = Store(store.root).checkpoints()
+    assert (found.directory / "file").read_text() == wanted
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]
+
+
+def test_replacing_leaves_nothing_beside(store):
+    save(store)
+    folder = save(store, content="2", overwrite=True).directory
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]
+
+
+def test_threads_that_write_read_and_remove_at_once_do_not_fall_over_one_another(store):
+    over = threading.Event()
+
+    def until_over(work: Callable[[], object]) -> None:
+        while not over.is_set():
+            work()
+
+    def remove() -> None:
+        for each in store.checkpoints():
+            with contextlib.suppress(CheckpointError):
+                store.expire_in(each, -1 if each.name == "a" else None)
+                if each.name == "b":
+                    store.delete(each)
+
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(until_over, work) for work in (store.tidy, remove, store.runs, lambda: store.touch(RUN))]
+        for turn in range(40):
+            save(store, "ab"[turn % 2], content=f"{turn}", overwrite=True)
+        over.set()
+        assert [each.result() for each in others] == [None] * 4
