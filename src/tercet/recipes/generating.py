@@ -160,8 +160,8 @@ def write_answers(
                 ended_early.extend(len(each.answer.prompt) + len(each.after) < turns for each in group)
                 yield _row(group, columns, temperature)
             return
-        for group in answer(asked, sampler, chat, params, config.n):
-            yield _row([Grown(each, ()) for each in group], columns, temperature)
+        for answers in answer(asked, sampler, chat, params, config.n):
+            yield _row([Grown(each, ()) for each in answers], columns, temperature)
 
     facts = {
         **settings_of(AnswersConfig, config),
