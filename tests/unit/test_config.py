@@ -109,6 +109,13 @@ def test_a_list_takes_words_up_to_the_next_flag_or_a_yaml_list():
     assert parsed("--clip", "0.5", "2").clip == (0.5, 2.0)
 
 
+def test_a_list_of_pairs_ends_where_a_setting_is_named():
+    assert parsed("--sft.stop", "a=b", "c", "d-e=f", "seed=4") == Recipe(seed=4, sft=Stage(stop=("a=b", "c", "d-e=f")))
+    assert parsed("--sft.stop", "a=b", "weights.x=2") == Recipe(weights={"x": 2.0}, sft=Stage(stop=("a=b",)))
+    with pytest.raises(ConfigError, match="unknown setting 'sede'"):
+        parsed("--sft.stop", "END", "sede=4")
+
+
 def test_none_switches_a_group_off_and_a_setting_of_it_switches_it_on():
     assert parsed("--sft.lora", "none").sft.lora is None
     assert parsed("--sft.lora", "none", "--sft.lora.rank", "4").sft.lora == LoraConfig(rank=4)

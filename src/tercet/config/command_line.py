@@ -84,29 +84,41 @@ def _scan(cls: type, argv: Sequence[str], asking: Collection[str]) -> tuple[dict
             if setting is None and negated is not None and bool in options(negated.kind) and not equals:
                 setting, value = negated, Typed("false")
             elif not equals:
-                value = _values(setting, words, word) if setting else Typed(words[0] if words else "")
+                value = _values(setting, words, word, known) if setting else Typed(words[0] if words else "")
             layer = merged(layer, checked(cls, {setting.name if setting else name: value}))
             if setting is None and not equals:
                 _next(words, word)
         elif places:
             words.appendleft(word)
             place = places.pop(0)
-            layer[place.name] = _values(place, words, word)
+            layer[place.name] = _values(place, words, word, known)
         else:
             raise ConfigError(f"{word!r} was not expected here; a setting is given as --name value or name=value")
     return asked, layer
 
 
-def _values(setting: Setting, words: deque[str], word: str) -> object:
-    """The words that belong to a setting, taken off the front."""
+def _values(setting: Setting, words: deque[str], word: str, known: Collection[str]) -> object:
+    """The words that belong to a setting, taken off the front.
+
+    What looks like name=value belongs to a list only where its first word does so too, and no setting has that name.
+    """
     if is_list(setting.kind):
-        found = []
-        while words and not words[0].startswith("--") and not _OVERRIDE.match(words[0]):
+        found: list[Typed] = []
+        pairs = bool(words and _OVERRIDE.match(words[0]))
+        while words and not words[0].startswith("--"):
+            if _OVERRIDE.match(words[0]) and (not pairs or _names_one(words[0], known)):
+                break
             found.append(Typed(words.popleft()))
         return found[0] if len(found) == 1 else found
     if bool in options(setting.kind) and not (words and words[0].lower() in ("true", "false", "none")):
         return Typed("true")
     return Typed(_next(words, word))
+
+
+def _names_one(word: str, known: Collection[str]) -> bool:
+    """Whether name=value names a setting, or a member of one that has names of the user's choosing."""
+    name = word.partition("=")[0].replace("-", "_")
+    return any(name == each or name.startswith(f"{each}.") for each in known)
 
 
 def _next(words: deque[str], word: str) -> str:
