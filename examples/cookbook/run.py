@@ -64,7 +64,7 @@ def cookbook_python(place: Path) -> str:
     return str(python)
 
 
-def prepare(folder: Path, model: str, test_rows: int) -> None:
+def prepare(folder: Path, model: str, test_rows: int, copies: int) -> None:
     """What the recipe finds by name in the folder it runs in, before it asks the hub."""
     for name in (NAME, CHAT_NAME):
         place = folder / name
@@ -73,7 +73,7 @@ def prepare(folder: Path, model: str, test_rows: int) -> None:
             if (resolve(model) / file).exists():
                 shutil.copy(resolve(model) / file, place / file)
     write(folder / "HuggingFaceH4/no_robots", [conversation(row) for row in rows("conversations")], test_rows)
-    write(folder / "Anthropic/hh-rlhf", [comparison(row) for row in rows("comparisons")], test_rows)
+    write(folder / "Anthropic/hh-rlhf", [comparison(row) for row in rows("comparisons")], test_rows, copies)
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -99,12 +99,12 @@ def comparison(row: dict[str, Any]) -> dict[str, Any]:
     return {"split": row["split"], **both}
 
 
-def write(folder: Path, found: list[dict[str, Any]], test_rows: int) -> None:
-    """A data set in files by split."""
+def write(folder: Path, found: list[dict[str, Any]], test_rows: int, copies: int = 1) -> None:
+    """A data set in files by split; training rows stand there so many times."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         lines = [json.dumps({k: v for k, v in row.items() if k != "split"}) for row in found if row["split"] == split]
-        lines = lines[:test_rows] if split == "test" else lines
+        lines = lines[:test_rows] if split == "test" else lines * copies
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -138,6 +138,8 @@ def main() -> int:
     parser.add_argument("--python", help="an interpreter that has tinker-cookbook 0.6.1; one is made without")
     parser.add_argument("--install", type=Path, help="only make that environment, here; says where its interpreter is")
     parser.add_argument("--test-rows", type=int, default=32, help="held-out rows; the recipe has no setting for them")
+    parser.add_argument("--copies", type=int, default=1,
+                        help="times the comparisons stand in their file; the recipe reads it once")  # fmt: skip
     parser.add_argument("--recipe", default=RECIPE, help="the module of another recipe")
     parser.add_argument("--serve", default="", help="words for tercet serve")
     parser.add_argument("settings", nargs="*", help="key=value for the recipe, after --")
@@ -149,7 +151,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # The recipe's evaluation answers with up to 1,024 tokens, and its judge reads two answers.
     model = str(tiny_model(folder / "tiny", context=4096)) if asked.model == "tiny" else asked.model
-    prepare(folder, model, asked.test_rows)
+    prepare(folder, model, asked.test_rows, asked.copies)
     python = asked.python or cookbook_python(folder / ".venv-cookbook")
     given = [word for word in SETTINGS if asked.recipe == RECIPE] + asked.settings
     settings = list({word.partition("=")[0]: word for word in given}.values())
