@@ -16,20 +16,9 @@ from tercet.models.load import load_tokenizer
 from tercet.recipes.generating import AnswersConfig, write_answers
 from tercet.recipes.preparing import drawn_at, tokens_of, write_prepared
 from tercet.recipes.rebel_iteration import RebelRunConfig, ranked_data, train_rebel
-from tercet.recipes.session import Session, SetupConfig, open_session
 from tercet.types import Message
 
 PROMPT = (Message("user", "Well?"),)
-
-
-@pytest.fixture(scope="module")
-def heard() -> list[str]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def session(heard: list[str]) -> Session:
-    return open_session(SetupConfig(model="tiny", threads=1), heard.append)
 
 
 @pytest.mark.parametrize("name", ["chat_template", "role_colon"])

@@ -20,18 +20,8 @@ from tercet.recipes.rows import (
     train_and_test,
     usable_comparisons,
 )
-from tercet.recipes.session import Session, SetupConfig, open_session
+from tercet.recipes.session import SetupConfig, open_session
 from tercet.types import Comparison, Message
-
-
-@pytest.fixture(scope="module")
-def heard() -> list[str]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def session(heard: list[str]) -> Session:
-    return open_session(SetupConfig(model="tiny", threads=1), heard.append)
 
 
 def jsonl(path: Path, rows: list[dict[str, object]]) -> str:
