@@ -83,16 +83,22 @@ def datum(prompt: Sequence[int], answer: Sequence[int], **streams: Sequence[floa
 
 
 def learning_flops(model: Any, sequences: Sequence[Sequence[int]], predicted: int) -> float:
-    """Operations of one forward and backward pass, adapters and attention left out.
+    """Operations that one forward and backward pass cannot do without, after merging prefixes.
 
-    Frozen weights cost a product forward and one backward for every token after merging prefixes; the head the same for
-    every predicted token.
+    Of every token: two products with each frozen weight (forward, and the gradient of the input) and three with each of
+    an adapter. Of every predicted token: two with the head. Of every pair of a token and one that it sees: two products
+    of a head's size forward and four backward (arXiv:2204.02311, appendix B). What is computed again is not counted.
     """
     from tercet.engine.collate import forest
 
-    tokens = len(forest([list(sequence)[:-1] for sequence in sequences]).tokens)
+    packed = forest([list(sequence)[:-1] for sequence in sequences])
+    tokens, pairs = len(packed.tokens), int((packed.positions + 1).sum())
     head = model.get_output_embeddings().weight.numel()
     linear = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n and p.ndim == 2)
+    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
     embedding = model.get_input_embeddings().weight.numel()
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return 4.0 * tokens * (linear - embedding - (0 if tied else head)) + 4.0 * predicted * head
+    frozen = linear - embedding - (0 if tied else head)
+    config = model.config
+    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return tokens * (4.0 * frozen + 6.0 * adapters) + 4.0 * predicted * head + 12.0 * pairs * width

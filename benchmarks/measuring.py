@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -163,6 +164,9 @@ def measured(once: Once, smoke: bool) -> dict[str, Any]:
     """One run, with what the machine could do right before it and the most memory the process has had."""
     gemm = gemm_gflops() if not smoke else 1.0
     run = asdict(once())
+    odd = {name: value for name, value in run["same"].items() if not isfinite(value)}
+    if odd:
+        raise SystemExit(f"a run gave {odd}; what is not finite was computed wrongly and says nothing of speed")
     return {**run, "gemm_gflops": gemm, "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 

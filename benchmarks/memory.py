@@ -17,6 +17,8 @@ def tercet(work: Work) -> Once:
     prompts = [tokenizer.encode(pair["prompt"], add_special_tokens=False) for pair in work.pairs[: size["rl_prompts"]]]
     adam = AdamParams(learning_rate=size["learning_rate"], max_grad_norm=1.0)
 
+    losses: list[float] = []
+
     def step() -> int:
         params = SamplingParams(max_tokens=size["completion_tokens"], eos=False)
         groups = trainer.sampler().sample(prompts, params, size["group_size"]).result()
@@ -27,12 +29,13 @@ def tercet(work: Work) -> Once:
         for (prompt, answer, logprobs), score, far in zip(rows, scores, distances, strict=True):
             advantages = [score - 0.04 * (ours - theirs) for ours, theirs in zip(logprobs, far, strict=True)]
             data.append(datum(prompt, answer, sampling_logprobs=logprobs, advantages=advantages))
-        trainer.forward_backward(Batch(data), "ppo")
+        learned = trainer.forward_backward(Batch(data), "ppo")
         trainer.optim_step(adam).result()
+        losses.append(learned.result().loss)
         return sum(len(d.tokens) for d in data)
 
     def once() -> Run:
-        return Run(*timed(step))
+        return Run(*timed(step), 0.0, {"loss": losses[-1]})
 
     return once
 
@@ -42,19 +45,21 @@ def trl(work: Work) -> Once:
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
     from trl import GRPOConfig, GRPOTrainer
-    from trl_steps import lora_config, plain_model, settings, stepwise, tokenizer
+    from trl_steps import Stepwise, lora_config, plain_model, settings, tokenizer
 
     size, reader = work.settings, tokenizer(work)
     judge = AutoModelForSequenceClassification.from_pretrained(work.model, num_labels=1, dtype=torch.float32)
     judge.config.pad_token_id = reader.pad_token_id
     prompts = [pair["prompt"] for pair in work.pairs[: size["rl_prompts"]]]
+    rows = size["rl_prompts"] * size["group_size"]
+    # A few rows at a time take the least memory.
     config = GRPOConfig(
-        **settings(work, size["rl_prompts"] * size["group_size"]), num_generations=size["group_size"], beta=0.04,
+        **settings(work, rows, max(1, rows // size["micro_batch_rows"])), num_generations=size["group_size"], beta=0.04,
         max_completion_length=size["completion_tokens"], temperature=1.0,
         generation_kwargs={"min_new_tokens": size["completion_tokens"]},
     )  # fmt: skip
     tokens = sum(len(reader(p)["input_ids"]) + size["completion_tokens"] for p in prompts) * size["group_size"]
-    return stepwise(
+    return Stepwise(
         lambda callbacks: GRPOTrainer(
             plain_model(work), judge, args=config, train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=reader, peft_config=lora_config(work), reward_processing_classes=reader,

@@ -3,6 +3,8 @@ arithmetic."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from local import engine, learning_flops, lora
 from measuring import Once, Row, Run, Work, timed
 
@@ -34,20 +36,19 @@ def tercet(work: Work) -> Once:
 def trl(work: Work) -> Once:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    from trl_steps import lora_config, plain_model, settings, stepwise, tokenizer
+    from trl_steps import fastest, lora_config, plain_model, tokenizer
 
     reader = tokenizer(work)
-    config = SFTConfig(
-        **settings(work, len(work.texts)), packing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-    )
     texts = [reader.encode(text, add_special_tokens=False) for text in work.texts]
-    return stepwise(
-        lambda callbacks: SFTTrainer(
+
+    def trainer(settings: dict[str, Any], callbacks: list[Any]) -> SFTTrainer:
+        config = SFTConfig(**settings, packing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        return SFTTrainer(
             plain_model(work), args=config, train_dataset=Dataset.from_dict({"input_ids": texts, "labels": texts}),
             processing_class=reader, peft_config=lora_config(work), callbacks=callbacks,
-        ),
-        sum(map(len, texts)),
-    )  # fmt: skip
+        )  # fmt: skip
+
+    return fastest(work, len(texts), trainer, sum(map(len, texts)))
 
 
 ROW = Row(

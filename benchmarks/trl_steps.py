@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from measuring import Once, Run, Work, timed
+from measuring import Run, Work, timed
 
 STEPS = 10_000
 
@@ -52,48 +55,103 @@ def settings(work: Work, rows: int, pieces: int = 1) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stepwise(make_trainer: Any, tokens: int) -> Once:
-    """A trainer that stops before every step until it is told to go on; it tells the loss of its first step.
+def fastest(
+    work: Work,
+    rows: int,
+    make_trainer: Callable[[dict[str, Any], list[Any]], Any],
+    tokens: int,
+    *,
+    fewest: int = 1,
+) -> Stepwise:
+    """A trainer in the fastest of some ways to cut a step's rows, smaller pieces first, until larger are slower.
+
+    The gradient of a step is the same: TRL weighs pieces so that they add up to the whole.
 
     Args:
-        make_trainer: Gives the trainer; called with the list of callbacks.
+        work: Its `trl_pieces` are tried, as far as they divide the rows.
+        rows: Of one step.
+        make_trainer: Gives a trainer; called with its settings and the list of callbacks.
         tokens: Of the task, a step.
+        fewest: Pieces.
     """
-    from transformers import TrainerCallback
+    best: Stepwise | None = None
+    least = float("inf")
+    for pieces in sorted((n for n in work.settings["trl_pieces"] if n >= fewest and rows % n == 0), reverse=True):
+        trainer = Stepwise(partial(make_trainer, settings(work, rows, pieces)), tokens)
+        if best is None:
+            trainer()  # what is done once in a process is not this one's alone
+        seconds = trainer().seconds
+        slower = seconds >= least
+        worse = trainer if slower else best
+        if worse is not None:
+            worse.end()
+        if slower:
+            break
+        best, least = trainer, seconds
+    assert best is not None
+    return best
 
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
-    failures: list[BaseException] = []
-    losses: list[float] = []
 
-    class Wait(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            go.acquire()
+class Ended(Exception):
+    """A trainer is to go no further."""
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            done.release()
 
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            losses.extend([logs["loss"]] if "loss" in logs else [])
+class Stepwise:
+    """A trainer that stops before every step until it is told to go on; it tells the loss of its first step."""
 
-    trainer = make_trainer([Wait()])
+    def __init__(self, make_trainer: Callable[[list[Any]], Any], tokens: int) -> None:
+        """Get ready.
 
-    def train() -> None:
+        Args:
+            make_trainer: Gives the trainer; called with the list of callbacks.
+            tokens: Of the task, a step.
+        """
+        from transformers import TrainerCallback
+
+        self.tokens = tokens
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.failures: list[BaseException] = []
+        self.losses: list[float] = []
+        self.ended = False
+        steps = self
+
+        class Wait(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                steps.go.acquire()
+                if steps.ended:
+                    raise Ended
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                steps.done.release()
+
+            def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+                steps.losses.extend([logs["loss"]] if "loss" in logs else [])
+
+        self.thread = threading.Thread(target=self._train, args=(make_trainer([Wait()]),), daemon=True)
+        self.thread.start()
+
+    def _train(self, trainer: Any) -> None:
         try:
             trainer.train()
         except BaseException as error:
-            failures.append(error)
-            done.release()
+            self.failures.append(error)
+            self.done.release()
 
-    threading.Thread(target=train, daemon=True).start()
+    def __call__(self) -> Run:
+        """One step."""
+        seconds = timed(self._step)[0]
+        return Run(seconds, self.tokens, 0.0, {"first_loss": self.losses[0]} if self.losses else {})
 
-    def step() -> None:
-        go.release()
-        done.acquire()
-        if failures:
-            raise failures[0]
+    def _step(self) -> None:
+        self.go.release()
+        self.done.acquire()
+        if self.failures:
+            raise self.failures[0]
 
-    def once() -> Run:
-        seconds = timed(step)[0]
-        return Run(seconds, tokens, 0.0, {"first_loss": losses[0]} if losses else {})
-
-    return once
+    def end(self) -> None:
+        """Let go of the trainer and its memory."""
+        self.ended = True
+        self.go.release()
+        self.thread.join()
+        self.failures.clear()  # its traceback holds the trainer
+        gc.collect()

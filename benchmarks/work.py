@@ -18,7 +18,8 @@ SIZES: dict[str, Any] = {
     "rl_prompts": 4, "completion_tokens": 64, "decode_prompts": 32, "decode_samples": 4,
     "decode_batches": (32, 64, 128),
     "decode_prompt_tokens": (20, 60), "pairs": 8, "texts": 16, "text_tokens": (40, 400), "learning_rate": 1e-5,
-    "rank": 16, "beta": 0.1, "match_batches": (4, 12), "growth_tokens": (512, 1024, 2048, 4096),
+    "rank": 16, "beta": 0.1, "match_batches": (4, 12), "trl_pieces": (1, 2, 4),
+    "growth_tokens": (512, 1024, 2048, 4096),
     "growth_groups": (1, 2, 4, 8, 16), "growth_answers": 16,
 }  # fmt: skip
 SMOKE: dict[str, Any] = {

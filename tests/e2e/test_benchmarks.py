@@ -35,7 +35,8 @@ def test_every_row_runs_its_own_side_and_is_in_the_table(measured):
 
 def test_both_sides_compute_the_same(measured):
     _, rows = measured
-    assert set(rows["gradient"]["apart"]) == set(rows["gradient-sorted"]["apart"]) == {"loss", "gradient_norm"}
+    assert set(rows["gradient"]["apart"]) == {"loss", "gradient_norm", "gradient_direction"}
+    assert set(rows["gradient-sorted"]["apart"]) == set(rows["gradient"]["apart"])
     assert len(rows["tournament"]["apart"]) == 24  # both labels of twelve matches
     assert all(not row["differ"] for row in rows.values())
     assert rows["decode"]["sides"]["generate"]["tokens"] == rows["decode"]["sides"]["tercet"]["tokens"]
@@ -58,3 +59,28 @@ def test_real_measurements_want_data():
     done = subprocess.run([sys.executable, "benchmarks/run.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "--data is missing" in done.stderr
+
+
+FAILS = """
+from dataclasses import replace
+from rows import ROWS
+from work import build
+from tercet.models.names import resolve
+
+work = build(str(resolve("tiny")), None, smoke=True)
+ROWS["reward"].sides["tercet"](replace(work, pairs=[{**work.pairs[0], "chosen": " too" * 5000}]))()
+"""
+STRAYS = """
+from measuring import Run, measured
+
+measured(lambda: Run(1.0, 1, 0.0, {"loss": float("nan")}), True)
+"""
+
+
+@pytest.mark.parametrize(("program", "why"), [(FAILS, "EngineError"), (STRAYS, "not finite")])
+def test_a_step_that_fails_or_gives_no_number_is_an_error_and_not_a_time(program, why):
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert why in done.stderr

@@ -28,7 +28,7 @@ def test_it_ends_with_every_stage_an_evaluation_and_a_report(finished: Path):
 def test_it_says_at_the_start_what_it_will_do_and_at_the_end_what_came_of_it(finished: Path):
     said = (finished.parent / "said.txt").read_text()
     assert "model: tiny, 0.107 million weights, on cpu (float32, 1 thread), renderer chat_template" in said
-    assert "sft: 4 steps of 8 conversations, of which there are 27; at most about" in said
+    assert "sft: 4 steps of 8 conversations, of which there are 27; about" in said
     assert "rl: 3 steps of 2 prompts x 4 answers = 8 answers, which meet in 24 matches (soft verdicts)" in said
     end = said[said.index("evaluation:") :]
     for words in ("RL wins against SFT", "95% interval", "Preference accuracy", "Held-out NLL, start to end"):

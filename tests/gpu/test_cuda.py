@@ -1,10 +1,12 @@
 """The local engine on a GPU; skipped where there is none."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tercet.engine import graphed, sampler
 from tercet.engine.local import LocalEngine
 from tercet.models.flex import TOLERANCE, compiled, error_of, works
 from tercet.models.load import load_model
@@ -61,6 +63,26 @@ def test_a_sampler_on_the_gpu_scores_what_it_drew(engines: tuple[LocalEngine, Lo
     scored = sampler.logprobs([[*PROMPT, *c.tokens] for c in drawn], [len(PROMPT)] * 4).result()
     for completion, row in zip(drawn, scored, strict=True):
         assert list(completion.logprobs) == pytest.approx(row, abs=0.05)
+
+
+def test_steps_as_graphs_draw_what_steps_without_draw(
+    engines: tuple[LocalEngine, LocalEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+
+    def record(work: graphed.Work) -> tuple[Callable[[], object], torch.Tensor]:
+        made.append(work)
+        return graphed.cuda_graph(work)
+
+    params, prompts = SamplingParams(max_tokens=70, temperature=0, eos=False), [PROMPT, PROMPT[:3]]
+    monkeypatch.setattr(sampler, "recorder", lambda device: None)
+    expected = engines[1].sampler().sample(prompts, params, n=2).result()
+    monkeypatch.setattr(sampler, "recorder", lambda device: record)
+    found = engines[1].sampler().sample(prompts, params, n=2).result()
+    assert len(made) == 3
+    assert graphed.recorder(torch.device("cuda")) is graphed.cuda_graph
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [c.tokens for c in ours] == [c.tokens for c in theirs]
 
 
 def test_full_training_on_the_gpu_saves_and_loads(engines: tuple[LocalEngine, LocalEngine], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tercet.config import parse
-from tercet.runs.environment import environment
+from tercet.runs.environment import default_threads, environment
 
 CORE = (
     "torch",
@@ -44,6 +44,8 @@ SMOLLM2 = {
 """The model of the default run, as its config.json says; the doctor should not have to fetch it to answer."""
 DISK_GIB = 3.0
 """What the model of the default run and the run itself take."""
+LESS_TOKENS = 512
+"""In a pass, and in a comparison: what is advised where memory is short."""
 PYTHON_BYTES = 0.8e9
 """Resident memory of Python with torch and transformers imported and nothing loaded."""
 
@@ -145,19 +147,32 @@ def libraries(installed: Mapping[str, str], tested: Mapping[str, str]) -> Iterat
 
 def machine(facts: Mapping[str, Any]) -> Iterator[Finding]:
     """Cores, threads, GPU."""
-    cpus, threads = facts["cpus"], facts["torch_threads"]
-    sensible = max(1, int(cpus))
-    yield Finding("cores", f"{cpus:g} usable: {facts['cpu']}")
-    if threads is not None and threads > sensible:
-        yield Finding("threads", f"{threads}", "note", f"more than cores: set OMP_NUM_THREADS={sensible}")
-    elif threads is not None:
-        yield Finding("threads", f"{threads} of a sensible {sensible}")
+    cores, threads = facts["cores"], default_threads(facts)
+    yield Finding("cores", f"{cores} of {facts['cpus']:g} usable CPUs: {facts['cpu']}")
+    if threads > cores:
+        yield Finding("threads", f"{threads}", "note", f"more than cores: unset OMP_NUM_THREADS, or set it to {cores}")
+    else:
+        yield Finding("threads", f"{threads} of a sensible {cores}")
     gpus = facts["gpus"]
     yield Finding("GPU", "; ".join(gpus) if gpus else "none; the CPU does the work")
 
 
 def memory(memory_gib: float, *, on_cpu: bool = True, dtype: str = "float32") -> Finding:
     """Memory against what the default run will take of it."""
+    from tercet.recipes.rlhf import RLHFConfig
+
+    run = RLHFConfig()
+    needed_gib = default_run_gib(run.micro_batch_tokens, run.preference.max_length, on_cpu=on_cpu, dtype=dtype)
+    found = f"{memory_gib:g} GiB; the default run takes about {needed_gib:.1f}"
+    if memory_gib >= needed_gib:
+        return Finding("memory", found)
+    less_gib = default_run_gib(LESS_TOKENS, LESS_TOKENS, on_cpu=on_cpu, dtype=dtype)
+    words = f"tercet rlhf --micro-batch-tokens {LESS_TOKENS} --preference.max-length {LESS_TOKENS}"
+    return Finding("memory", found, "note", f"{words} takes about {less_gib:.1f}")
+
+
+def default_run_gib(micro_batch_tokens: int, max_length: int, *, on_cpu: bool, dtype: str) -> float:
+    """What the default run takes with this much in a pass, and comparisons of this length in both orders."""
     from tercet.models.memory import estimate, shape
     from tercet.recipes.rlhf import RLHFConfig
 
@@ -165,17 +180,15 @@ def memory(memory_gib: float, *, on_cpu: bool = True, dtype: str = "float32") ->
     needed = estimate(
         shape(SMOLLM2),
         lora_rank=run.lora.rank,
-        micro_batch_tokens=run.micro_batch_tokens,
+        micro_batch_tokens=micro_batch_tokens,
         sampled_rows=min(run.max_rows, run.rl.completions_per_step),
         row_tokens=run.rl.max_prompt_length + run.rl.max_tokens,
+        longest_tokens=max_length,
+        tied=2,
         dtype=dtype,
         on_cpu=on_cpu,
     )
-    needed_gib = (needed.total + PYTHON_BYTES) / 2**30
-    found = f"{memory_gib:g} GiB; the default run takes at most about {needed_gib:.1f}"
-    if memory_gib >= needed_gib:
-        return Finding("memory", found)
-    return Finding("memory", found, "note", "tercet rlhf --micro-batch-tokens 1024 takes less")
+    return (needed.total + PYTHON_BYTES) / 2**30
 
 
 def disk(out: Path) -> Finding:

@@ -77,11 +77,15 @@ class BodySampler:
         seeds: Sequence[int] | None = None,
     ) -> Future[list[list[Completion]]]:
         """See `Sampler`."""
-        eos = self.language.eos if params.eos else frozenset()
-        decode, max_rows = self.language.decode, self.budgets.max_rows
-        return done(
-            lambda: generate(self.body(), prompts, params, n, eos=eos, decode=decode, max_rows=max_rows, seeds=seeds)
-        )
+        eos, decode = self.language.eos if params.eos else frozenset(), self.language.decode
+
+        def draw(rows: int) -> list[list[Completion]]:
+            return generate(
+                self.body(), prompts, params, n, eos=eos, decode=decode, max_rows=rows,
+                cache_bytes=self.budgets.cache_bytes, seeds=seeds,
+            )  # fmt: skip
+
+        return done(lambda: self.budgets.within("max_rows", draw, lambda rows: min(rows, len(prompts) * n)))
 
     def logprobs(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, temperature: float = 1.0

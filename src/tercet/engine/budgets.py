@@ -27,10 +27,12 @@ class Budgets:
     """The same without gradient."""
     max_rows: int = MAX_ROWS
     """Completions decoded side by side."""
+    cache_bytes: int | None = None
+    """Fewer, where their keys and values might take more than this."""
 
     def within(
         self,
-        budget: Literal["micro_batch_tokens", "score_tokens"],
+        budget: Literal["micro_batch_tokens", "score_tokens", "max_rows"],
         work: Callable[[int], Result],
         pieces: Callable[[int], object],
         undo: Callable[[], None] = lambda: None,
@@ -40,7 +42,7 @@ class Budgets:
 
         Args:
             budget: Which of them.
-            work: Gets the budget.
+            work: Gets the budget, which counts tokens or rows.
             pieces: How the work is split under a budget; budgets that change nothing are passed over.
             undo: Takes back what half-done work has left.
 
@@ -48,9 +50,9 @@ class Budgets:
             EngineError: Memory runs out with the smallest pieces there are.
         """
         while True:
-            tokens: int = getattr(self, budget)
+            now: int = getattr(self, budget)
             try:
-                return work(tokens)
+                return work(now)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
@@ -60,7 +62,7 @@ class Budgets:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            whole, half = pieces(tokens), tokens // 2
+            whole, half = pieces(now), now // 2
             while half and pieces(half) == whole:
                 half //= 2
             if not half:
@@ -69,7 +71,7 @@ class Budgets:
                     "smaller model, or dtype bfloat16"
                 )
             setattr(self, budget, half)
-            logger.warning("memory ran out: %s is %d from here on instead of %d (%s)", budget, half, tokens, said)
+            logger.warning("memory ran out: %s is %d from here on instead of %d (%s)", budget, half, now, said)
 
 
 def ran_out(error: BaseException) -> bool:

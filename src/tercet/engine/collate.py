@@ -18,6 +18,12 @@ from tercet.types import Batch
 
 IntArray = NDArray[np.int64]
 
+# What a pass costs beside its tokens, in tokens.
+PIECE_TOKENS = 32
+
+
+Range = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -25,7 +31,8 @@ class Unit:
 
     start: int
     end: int
-    ancestors: IntArray
+    ancestors: tuple[Range, ...]
+    """Ranges of the row before it, in order, with room between any two."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,9 @@ class Forest:
     """For each sequence, where its tokens lie in the row."""
 
     def units(self, max_tokens: int) -> list[Unit]:
-        """Ranges for attention: neighbouring subtrees up to `max_tokens` together, or a larger one's trunk alone."""
+        """Ranges for attention of up to `max_tokens`: neighbouring subtrees together, or a piece of one's trunk."""
         units: list[Unit] = []
-        pending: list[tuple[int, int, IntArray]] = [(0, len(self.tokens), np.empty(0, dtype=np.int64))]
+        pending: list[tuple[int, int, tuple[Range, ...]]] = [(0, len(self.tokens), ())]
         while pending:
             start, end, ancestors = pending.pop()
             stop = start
@@ -55,15 +62,22 @@ class Forest:
                 if stop < end:
                     pending.append((stop, end, ancestors))
                 continue
-            # One subtree is larger than the limit: its trunk is a unit, its branches are looked at in turn.
+            # One subtree is larger than the limit: its trunk is a unit, or several; what is below comes in turn.
             below = int(self.subtree_end[start])
             branch = start + int(np.argmax(np.append(self.subtree_end[start:below] != below, True)))
+            branch = min(branch, start + max_tokens)
             units.append(Unit(start, branch, ancestors))
             if below < end:
                 pending.append((below, end, ancestors))
             if branch < below:
-                pending.append((branch, below, np.concatenate([ancestors, np.arange(start, branch)])))
+                pending.append((branch, below, _with_range(ancestors, (start, branch))))
         return sorted(units, key=lambda unit: unit.start)
+
+
+def _with_range(ranges: tuple[Range, ...], added: Range) -> tuple[Range, ...]:
+    if ranges and ranges[-1][1] == added[0]:
+        return (*ranges[:-1], (ranges[-1][0], added[1]))
+    return (*ranges, added)
 
 
 def forest(sequences: Sequence[Sequence[int]]) -> Forest:
@@ -107,26 +121,35 @@ def _common_prefix(a: IntArray, b: IntArray) -> int:
 def micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
     """Indices of a batch's data in pieces of at most `max_tokens` tokens after merging, pairs kept together.
 
-    Neighbours in a piece share as much prefix as can be: rows are taken in the order of their tokens. A pair or a
-    single sequence above the budget is a piece of its own.
+    Rows are taken in the order of their tokens, so that neighbours share as much prefix as can be, and cut where fewest
+    tokens are computed twice: a group that fits into a piece is not split. A pair or a single sequence above the budget
+    is a piece of its own.
     """
     bundles = _bundles(batch)
     rows = [np.asarray(datum.tokens, dtype=np.int64) for datum in batch.data]
     order = sorted(bundles, key=lambda i: rows[i].tolist())
+    members = [[rows[i] for i in bundles[first]] for first in order]
     empty = np.empty(0, dtype=np.int64)
-    piece: list[int] = []
-    tokens, last = 0, empty
-    for first in order:
-        members = [rows[i] for i in bundles[first]]
-        cost = _added_tokens(last, members)
-        if piece and tokens + cost > max_tokens:
-            yield piece
-            piece, tokens = [], 0
-            cost = _added_tokens(empty, members)
-        piece = piece + bundles[first]
-        tokens, last = tokens + cost, members[-1]
-    if piece:
-        yield piece
+    alone = [_added_tokens(empty, each) for each in members]
+    added = [_added_tokens(before[-1], each) for before, each in itertools.pairwise([[empty], *members])]
+    # The cheapest way to lay out the first so many bundles, and where its last piece begins.
+    cheapest, begins = [0], [0]
+    for end in range(1, len(order) + 1):
+        best, begin, after_first = cheapest[end - 1] + alone[end - 1], end - 1, added[end - 1]
+        for start in range(end - 2, -1, -1):
+            tokens = alone[start] + after_first
+            if tokens > max_tokens:
+                break
+            if cheapest[start] + tokens < best:
+                best, begin = cheapest[start] + tokens, start
+            after_first += added[start]
+        cheapest.append(best + PIECE_TOKENS)
+        begins.append(begin)
+    cuts = [len(order)]
+    while cuts[-1]:
+        cuts.append(begins[cuts[-1]])
+    for start, end in itertools.pairwise(reversed(cuts)):
+        yield [i for first in order[start:end] for i in bundles[first]]
 
 
 def padded_micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ blocks of prompts of like length, and are read once for all rows that continue t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,8 @@ from tercet.models.tree_attention import Layout
 # A block's longest prompt is at most this many times its shortest, and some tokens more: what is added up to the
 # longest is read for nothing, but every block costs a few calls a layer.
 SPREAD, SLACK = 1.5, 16
-FIRST_TOKENS = 32
+# Room for tokens comes in such steps: products over whole vectors, without gaps, take half the time of others.
+PROMPT_STEP, OWN_STEP = 8, 32
 
 
 @dataclass
@@ -31,34 +32,66 @@ class PromptBlock:
     """For each prompt the rows that continue it."""
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    samples: int = field(init=False)
+    """S, places for rows of each prompt."""
     tokens: int = field(init=False)
-    """P, those of the longest prompt."""
+    """P, those of the longest prompt and what is missing to a whole step."""
     bias: Tensor | None = field(init=False, default=None)
     """(N, 1, 1, P): minus infinity beyond a prompt's end; None when all are as long."""
-    read: Tensor = field(init=False)
-    """(N, S) rows; where a prompt has fewer than S left, row 0 stands in."""
-    write: Tensor = field(init=False)
-    """The same, but what stands in is a row of its own, after the last there may be."""
 
     def __post_init__(self) -> None:
-        self.tokens = int(self.lengths.max())
+        self.tokens = _whole(int(self.lengths.max()), PROMPT_STEP)
         if int(self.lengths.min()) < self.tokens:
             beyond = torch.arange(self.tokens, device=self.lengths.device) >= self.lengths[:, None]
             self.bias = torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf"))
             self.bias = self.bias[:, None, None]
 
-    def index(self, nobody: int) -> None:
-        """Note again which rows there are, after they have changed; drop prompts that nobody continues any more."""
+        self.samples = max(map(len, self.rows))
+
+    def compact(self) -> None:
+        """Drop prompts that nobody continues any more, and places for rows, when half of them are for nothing."""
+        most = max(map(len, self.rows), default=0)
+        self.samples = most if 2 * most <= self.samples else self.samples
         alive = [i for i, rows in enumerate(self.rows) if rows]
         if 2 * len(alive) <= len(self.rows):
             kept = torch.tensor(alive, dtype=torch.long, device=self.lengths.device)
             self.rows, self.lengths = [self.rows[i] for i in alive], self.lengths[kept]
             self.keys, self.values = [k[kept] for k in self.keys], [v[kept] for v in self.values]
             self.bias = None if self.bias is None else self.bias[kept]
-        samples = max(map(len, self.rows), default=0)
-        full = [rows + [nobody] * (samples - len(rows)) for rows in self.rows]
-        self.write = torch.tensor(full, dtype=torch.long, device=self.lengths.device)
-        self.read = self.write.masked_fill(self.write == nobody, 0)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where rows lie when they are sorted by the prompts they continue; a slot is one key head of one row.
+
+    Block by block (N, kv_heads, S), so that the queries of all rows of a prompt are one product with its keys.
+    """
+
+    read: Tensor
+    """(M,) rows x kv_heads; where a prompt has fewer than S rows left, row 0 stands in."""
+    write: Tensor
+    """The same, but what stands in is a row of its own, after the last there may be."""
+    inverse: Tensor
+    """(all rows x kv_heads,) the slot of each; of those that are not there, any."""
+    sizes: tuple[tuple[int, int], ...]
+    """N x kv_heads, and S, of each block."""
+
+    @classmethod
+    def of(cls, blocks: Sequence[PromptBlock], kv_heads: int, nobody: int, device: torch.device) -> Slots:
+        """Slots of all rows there may be; `nobody` is the number of the row after them, which nothing reads."""
+        full = [[each + [nobody] * (block.samples - len(each)) for each in block.rows] for block in blocks]
+        heads = torch.arange(kv_heads)[:, None]
+        write = torch.cat([(torch.tensor(each)[:, None] * kv_heads + heads).flatten() for each in full])
+        inverse = torch.zeros((nobody + 1) * kv_heads, dtype=torch.long)
+        inverse[write] = torch.arange(len(write))
+        read = write.masked_fill(write >= nobody * kv_heads, 0)
+        sizes = tuple((len(each) * kv_heads, len(each[0])) for each in full)
+        return cls(read.to(device), write.to(device), inverse[: nobody * kv_heads].to(device), sizes)
+
+    def take_over(self, other: Slots) -> None:
+        """Write others of the same sizes into these tensors."""
+        for name in ("read", "write", "inverse"):
+            getattr(self, name).copy_(getattr(other, name))
 
 
 class KeyValueCache:
@@ -69,6 +102,29 @@ class KeyValueCache:
         self.blocks: list[PromptBlock] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._slots: Slots | None = None
+        self._moved = True
+
+    def slots(self, kv_heads: int) -> Slots:
+        """Where rows lie now."""
+        if self._slots is None or self._moved:
+            now = Slots.of(self.blocks, kv_heads, self.rows, self.device)
+            if self._slots is not None and self._slots.sizes == now.sizes:
+                self._slots.take_over(now)
+            else:
+                self._slots = now
+            self._moved = False
+        return self._slots
+
+    def note_slots(self) -> None:
+        """Look where rows lie before a step asks."""
+        if self.blocks[0].keys:
+            self.slots(self.blocks[0].keys[0].shape[1])
+
+    @property
+    def shape(self) -> object:
+        """Equal as long as all tensors of a step have the same shapes and addresses, its own tokens' room aside."""
+        return tuple((id(block), len(block.rows), block.samples) for block in self.blocks)
 
     def add(self, lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """Make room for prompts that enter together; which of them lie in each new block, the last `len` blocks."""
@@ -83,19 +139,21 @@ class KeyValueCache:
         for part in parts:
             ends = torch.tensor([lengths[i] for i in part], device=self.device)
             self.blocks.append(PromptBlock(ends, [list(rows[i]) for i in part]))
-            self.blocks[-1].index(self.rows)
+        self._moved = True
         return parts
 
-    def store(self, layer: int, like_key: Tensor, like_value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """A layer's own keys and values with room for so many tokens; `like` is (kv_heads, T, d)."""
+    def room(self, tokens: int) -> int:
+        """For how many own tokens of a row there is room when so many are needed."""
+        return min(self.max_tokens, max(_whole(tokens, OWN_STEP), self.keys[0].shape[2] if self.keys else 0))
+
+    def store(self, layer: int, like_key: Tensor, like_value: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        """A layer's own keys and values with so much room; `like` is (kv_heads, T, d)."""
         if layer == len(self.keys):
-            room = min(self.max_tokens, FIRST_TOKENS)
             for kept, like in ((self.keys, like_key), (self.values, like_value)):
                 kept.append(like.new_zeros(self.rows, like.shape[0], room, like.shape[2]))
         for kept in (self.keys, self.values):
-            room = kept[layer].shape[2]
-            if room < tokens:
-                more = min(self.max_tokens, max(tokens, 2 * room)) - room
+            more = room - kept[layer].shape[2]
+            if more:
                 kept[layer] = torch.nn.functional.pad(kept[layer], (0, 0, 0, more))
         return self.keys[layer], self.values[layer]
 
@@ -105,12 +163,16 @@ class KeyValueCache:
             source, to = (torch.tensor(side, device=self.device) for side in zip(*moves, strict=True))
             for store in (*self.keys, *self.values):
                 store[to, :, :tokens] = store[source, :, :tokens]
+        if self.keys and 2 * _whole(tokens + 1, OWN_STEP) <= self.keys[0].shape[2]:
+            for kept in (self.keys, self.values):
+                kept[:] = [each[:, :, : _whole(tokens + 1, OWN_STEP)].contiguous() for each in kept]
         left, now = set(gone), dict(moves)
         for block in self.blocks:
             if any(row in left or row in now for rows in block.rows for row in rows):
                 block.rows = [[now.get(row, row) for row in rows if row not in left] for rows in block.rows]
-                block.index(self.rows)
+                block.compact()
         self.blocks = [block for block in self.blocks if block.rows]
+        self._moved = True
 
 
 @dataclass(frozen=True)
@@ -133,64 +195,75 @@ class Prefill:
 class Decode:
     """One new token of each of R rows against its prompt and its own tokens."""
 
-    def __init__(self, cache: KeyValueCache, own: IntArray) -> None:
-        """`own` (R,) counts the tokens of each row that are already kept."""
-        self.cache, self.own = cache, torch.from_numpy(own).to(cache.device)
+    def __init__(self, cache: KeyValueCache, own: Tensor, room: int, even: int | None = None) -> None:
+        """Look at what there is.
+
+        Args:
+            cache: Keys and values so far.
+            own: (R,) tokens of each row that are already kept.
+            room: For how many of them there is room.
+            even: How many they are, when they are as many in every row.
+        """
+        self.cache, self.own, self.tokens, self.even = cache, own, room, even
         self.rows = torch.arange(len(own), device=cache.device)
-        self.tokens = int(own.max()) + 1
-        self.even = int(own.min()) + 1 == self.tokens
         self.longest = max(block.tokens for block in cache.blocks)
-        beyond = torch.arange(self.tokens, device=cache.device) > self.own[:, None]
+        beyond = torch.arange(room, device=cache.device) > own[:, None]
         self.bias = torch.zeros(beyond.shape, device=cache.device).masked_fill_(beyond, float("-inf"))[:, None, None]
         self.scores: Tensor | None = None
+
+    @classmethod
+    def of(cls, cache: KeyValueCache, own: IntArray) -> Decode:
+        """The same of numbers (R,) that are at hand."""
+        most = int(own.max())
+        even = most if own.min() == most else None
+        return cls(cache, torch.from_numpy(own).to(cache.device), cache.room(most + 1), even)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `tercet.models.tree_attention.Layout`; here the row's tokens are the newest of R rows."""
         heads, rows, d = query.shape
         kv_heads, groups, tokens, longest = key.shape[0], heads // key.shape[0], self.tokens, self.longest
         keys, values = self.cache.store(layer, key, value, tokens)
-        place = (slice(rows), slice(None), tokens - 1) if self.even else (self.rows, slice(None), self.own)
+        place = (self.rows, slice(None), self.own) if self.even is None else (slice(rows), slice(None), self.even)
         keys[place] = key.transpose(0, 1)
         values[place] = value.transpose(0, 1)
-        q = query.transpose(0, 1).mul(scale).reshape(rows, kv_heads, groups, d)
-        scores = self._scores(kv_heads, groups, q)
-        for block in self.cache.blocks:
-            each = torch.bmm(_together(q, block.read), block.keys[layer].flatten(0, 1).transpose(1, 2))
-            each = each.view(*block.keys[layer].shape[:2], -1, each.shape[-1])
+        slots, scores = self.cache.slots(kv_heads), self._scores(kv_heads, groups, query)
+        q = query.transpose(0, 1).mul(scale).reshape(rows * kv_heads, groups, d)
+        for block, asked, to in self._by_block(slots, q.index_select(0, slots.read), slots.write):
+            each = torch.bmm(asked, block.keys[layer].flatten(0, 1).transpose(1, 2))
             if block.bias is not None:
-                each += block.bias
-            scores[block.write.flatten(), :, :, : block.tokens] = _apart(each, block.read.shape[1])
-        own = keys[:rows].flatten(0, 1)[:, :tokens].transpose(1, 2)
-        scores[:rows, :, :, longest:] = torch.bmm(q.flatten(0, 1), own).view(rows, kv_heads, groups, tokens)
-        if not self.even:
-            scores[:rows, :, :, longest:] += self.bias
-        weights = torch.softmax(scores[:rows], -1)
-        own = values[:rows].flatten(0, 1)[:, :tokens]
-        out = torch.bmm(weights[..., longest:].flatten(0, 1), own).view(rows, kv_heads, groups, -1)
-        out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, 0, 0, self.cache.rows + 1 - rows))
-        for block in self.cache.blocks:
-            each = torch.bmm(
-                _together(weights[..., : block.tokens], block.read), block.values[layer].flatten(0, 1)
-            ).view(*block.values[layer].shape[:2], -1, out.shape[-1])
-            out.index_add_(0, block.write.flatten(), _apart(each, block.read.shape[1]))
-        return out[:rows].flatten(1, 2).transpose(0, 1)
+                each.view(*block.keys[layer].shape[:2], -1, block.tokens).add_(block.bias)
+            scores[to, :, : block.tokens] = each.view(len(to), groups, -1)
+        own = scores[: rows * kv_heads, :, longest:]
+        of_own = torch.bmm(q, keys[:rows].flatten(0, 1).transpose(1, 2)).view(rows, kv_heads, groups, tokens)
+        torch.add(of_own, self.bias, out=own.view(rows, kv_heads, groups, tokens))
+        weights = torch.softmax(scores[: rows * kv_heads], -1)
+        out = torch.bmm(weights[..., longest:], values[:rows].flatten(0, 1))
+        told = out.new_empty(len(slots.read), groups, d)
+        shares = weights[..., :longest].index_select(0, slots.read)
+        parts = zip(self._by_block(slots, shares, slots.write), self._by_block(slots, told, slots.write), strict=True)
+        for (block, share, _), (_, into, _) in parts:
+            torch.bmm(share[..., : block.tokens], block.values[layer].flatten(0, 1), out=into)
+        out += told.index_select(0, slots.inverse[: rows * kv_heads])
+        return out.view(rows, heads, d).transpose(0, 1)
+
+    def _by_block(self, slots: Slots, each: Tensor, to: Tensor) -> Iterator[tuple[PromptBlock, Tensor, Tensor]]:
+        """Of every block what its slots have (N x kv_heads, S x groups, …), and what slots they are."""
+        at = 0
+        for block, (n, samples) in zip(self.cache.blocks, slots.sizes, strict=True):
+            here = slice(at, at + n * samples)
+            yield block, each[here].view(n, samples * each.shape[1], -1), to[here]
+            at = here.stop
 
     def _scores(self, kv_heads: int, groups: int, like: Tensor) -> Tensor:
-        """(all rows + 1, kv_heads, groups, longest prompt + own tokens), the same for every layer.
+        """(all rows + 1 x kv_heads, groups, longest prompt + own tokens), the same for every layer.
 
         What a layer does not write stays minus infinity: the places between a row's prompt and the longest one.
         """
-        shape = (self.cache.rows + 1, kv_heads, groups, self.longest + self.tokens)
+        shape = ((self.cache.rows + 1) * kv_heads, groups, self.longest + self.tokens)
         if self.scores is None or self.scores.shape != shape:
             self.scores = like.new_full(shape, float("-inf"))
         return self.scores
 
 
-def _together(each: Tensor, read: Tensor) -> Tensor:
-    """(R, kv_heads, groups, d) -> (N * kv_heads, S * groups, d): the rows that continue a prompt side by side."""
-    return each[read].transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-
-def _apart(each: Tensor, samples: int) -> Tensor:
-    """(N, kv_heads, S * groups, d) -> (N * S, kv_heads, groups, d)."""
-    return each.view(*each.shape[:2], samples, -1, each.shape[3]).transpose(1, 2).flatten(0, 1)
+def _whole(tokens: int, step: int) -> int:
+    return -(-tokens // step) * step

@@ -34,6 +34,7 @@ from tercet.engine.budgets import Budgets
 from tercet.engine.outputs import Body
 from tercet.engine.sampler import MAX_ROWS
 from tercet.errors import CheckpointError, EngineError
+from tercet.machine import memory_bytes
 from tercet.models import adapters
 from tercet.models.cpu import keep_freed_memory
 from tercet.models.load import LoadedModel
@@ -43,6 +44,8 @@ from tercet.models.quiet import quiet
 from tercet.types import Head, LoraConfig, Weights
 
 HEAD_FILE = "head.safetensors"
+# One part in so many of the memory may be keys and values of rows being sampled.
+CACHE_SHARE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,13 @@ def with_head(tensors: Mapping[str, Tensor], head: Tensor | None) -> dict[str, T
     return {**tensors, **({} if head is None else {adapters.HEAD_KEY: head})}
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory where a model is."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory_bytes()
+
+
 class LocalEngine:
     """See `tercet.engine.base.Engine`."""
 
@@ -80,7 +90,12 @@ class LocalEngine:
         self.loaded = loaded
         if loaded.model.device.type == "cpu":
             keep_freed_memory()
-        self.budgets = Budgets(micro_batch_tokens=micro_batch_tokens, score_tokens=score_tokens, max_rows=max_rows)
+        self.budgets = Budgets(
+            micro_batch_tokens=micro_batch_tokens,
+            score_tokens=score_tokens,
+            max_rows=max_rows,
+            cache_bytes=device_memory(loaded.model.device) // CACHE_SHARE,
+        )
         self.language = Language(frozenset(loaded.eos_token_ids), lambda tokens: str(loaded.tokenizer.decode(tokens)))
         self.model = loaded.model
         self.peft: PeftModel | None = None

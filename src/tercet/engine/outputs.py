@@ -20,7 +20,7 @@ from tercet.models.padded import OwnHead, padded_hidden
 from tercet.models.tree_attention import ForestLayout, Layout, span
 from tercet.types import Batch
 
-# Attention is computed in spans of about this many tokens: fewer calls than one a branch, little masked-out work.
+# Attention is computed in spans of up to this many tokens: fewer calls than one a branch, little masked-out work.
 SPAN_TOKENS = 128
 
 
@@ -52,7 +52,12 @@ class Body:
 
     def hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
         """Last hidden states (T, D) of one packed row (T,)."""
-        row, places = torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device)
+        return self.hidden_of(
+            torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device), layout
+        )
+
+    def hidden_of(self, row: Tensor, places: Tensor, layout: Layout) -> Tensor:
+        """The same of tensors (T,) on the model's device."""
         if not torch.is_grad_enabled() and not self.head.weight.requires_grad:
             fast = frozen_llama(self.trunk, self.head)
             if fast is not None:
@@ -82,10 +87,7 @@ def span_layout(packed: Forest, device: torch.device) -> ForestLayout:
     """How a packed forest attends, span by span."""
     ends = torch.from_numpy(packed.subtree_end)
     return ForestLayout(
-        tuple(
-            span(unit.start, unit.end, torch.from_numpy(unit.ancestors), ends).to(device)
-            for unit in packed.units(SPAN_TOKENS)
-        )
+        tuple(span(unit.start, unit.end, unit.ancestors, ends).to(device) for unit in packed.units(SPAN_TOKENS))
     )
 
 

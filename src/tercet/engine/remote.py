@@ -13,10 +13,11 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ import torch
 from tercet.engine.base import Sampler
 from tercet.engine.bodies import Language
 from tercet.engine.step import from_logprobs
+from tercet.engine.told import told
 from tercet.errors import CheckpointError, EngineError, UsageError
 from tercet.losses import LOSSES
 from tercet.models.export import SERVICE_FILE
@@ -163,13 +165,13 @@ class RemoteEngine:
             )
         if init is not None:
             note = Note.read(init)
-            with told():
-                return RemoteTrainer(self, self.client.create_training_client_from_state(note.state).result(), note)
+            return RemoteTrainer(self, lambda: self.client.create_training_client_from_state(note.state), note)
         if lora is None or lora.alpha != ALPHA or lora.targets != ("all-linear",):
             raise EngineError(f"a Tinker service trains adapters of alpha {ALPHA:g} on all layers; got {lora}")
-        with told():
-            made = self.client.create_lora_training_client(base_model=self.model, rank=lora.rank, seed=seed).result()
-        return RemoteTrainer(self, made, None)
+        rank = lora.rank
+        return RemoteTrainer(
+            self, lambda: self.client.create_lora_training_client(base_model=self.model, rank=rank, seed=seed), None
+        )
 
     def sampler(self, weights: Weights | None = None) -> RemoteSampler:
         """See `Engine`."""
@@ -288,12 +290,24 @@ class RemoteSampler:
 
 
 class RemoteTrainer:
-    """See `tercet.engine.base.Trainer`."""
+    """See `tercet.engine.base.Trainer`. The service makes its model when it is first needed: `load` may replace it."""
 
-    def __init__(self, engine: RemoteEngine, client: Any, note: Note | None) -> None:
-        self.engine, self.client, self.context_tokens = engine, client, engine.context_tokens
-        self._named = client.model_id if note is None else note.fingerprint
-        self._steps = 0
+    def __init__(self, engine: RemoteEngine, make: Callable[[], Any], note: Note | None) -> None:
+        """Make nothing yet.
+
+        Args:
+            engine: Knows the way.
+            make: Asks for a `tinker.TrainingClient`.
+            note: The weights it has; None for new ones.
+        """
+        self.engine, self.context_tokens = engine, engine.context_tokens
+        self._make, self._note, self._steps = make, note, 0
+
+    @cached_property
+    def client(self) -> Any:
+        """The service's model."""
+        with told():
+            return self._make().result()
 
     def forward_backward(self, batch: Batch, loss: str, **settings: float) -> Future[StepResult]:
         """See `Trainer`; the service learns by the losses of `LEARNED`, at temperature 1.
@@ -386,7 +400,8 @@ class RemoteTrainer:
 
     def fingerprint(self) -> str:
         """See `Trainer`; it is of the name of the weights and of the steps taken since."""
-        return hashlib.sha256(f"{self._named}+{self._steps}".encode()).hexdigest() if self._steps else self._named
+        named = self.client.model_id if self._note is None else self._note.fingerprint
+        return hashlib.sha256(f"{named}+{self._steps}".encode()).hexdigest() if self._steps else str(named)
 
     def save(self, directory: Path) -> Future[Weights]:
         """See `Trainer`."""
@@ -408,26 +423,14 @@ class RemoteTrainer:
             note = Note.read(weights)
             with told():
                 made = self.engine.client.create_training_client_from_state_with_optimizer(note.state).result()
-            self.client = made
-            self._named, self._steps = note.fingerprint, 0
+            self.client, self._note, self._steps = made, note, 0
             future.set_result(None)
         except Exception as error:
             future.set_exception(error)
         return future
 
     def close(self) -> None:
-        """See `Trainer`; the service lets go when the session ends."""
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """What the service or the way to it has against a request, as an error of ours."""
-    import tinker
-
-    try:
-        yield
-    except tinker.TinkerError as error:
-        raise EngineError(f"the Tinker service refused or could not be reached: {error}") from error
+        """See `Trainer`; the protocol ends sessions, not models: the service lets go when this process ends."""
 
 
 def _seed(seed: int, prompt: int) -> int:

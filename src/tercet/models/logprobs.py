@@ -156,10 +156,10 @@ class _FrozenHead(torch.autograd.Function):
                 said = _distribution(few, of, divisor, into)
                 logprobs.append(said[0])
                 entropies.append(said[1])
-            mean = logits.to(head.weight.dtype) @ head.weight
+            mean = linear(logits.to(head.weight.dtype), head.weight.T)
             directions.append((head.weight[t] - mean) / divisor)
             if surprise is not None:
-                entropy_directions.append(surprise.to(head.weight.dtype) @ head.weight / -divisor)
+                entropy_directions.append(linear(surprise.to(head.weight.dtype), head.weight.T) / -divisor)
         entropy = torch.cat(entropies)
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)

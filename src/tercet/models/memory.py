@@ -13,6 +13,9 @@ from tercet.errors import ModelError
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Logits are computed for this many tokens at a time: see tercet.models.logprobs.
 HEAD_TOKENS, HEAD_COPIES = 256, 3
+# On a CPU attention goes back over this many tokens at a time, with weights and two gradients of theirs at hand: see
+# tercet.engine.outputs and tercet.models.tree_attention.
+SPAN_TOKENS, SCORE_COPIES = 128, 3
 LAID_OUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 """`model_type` of what `tercet.models.frozen_llama` keeps once more, laid out for the CPU."""
 
@@ -67,16 +70,20 @@ class Memory:
     """What is trained, with its gradient and the two moments of Adam, in float32."""
     activations: int
     """What the forward pass of one micro-batch keeps for the backward pass."""
+    backward: int
+    """What the backward pass of one layer takes beside: its gradients, and attention's scores."""
     head: int
     """Logits of one piece."""
     kv_cache: int
     """Keys and values of the rows being sampled."""
+    vllm: int
+    """vLLM's own weights, keys and values, when it samples."""
 
     @property
     def total(self) -> int:
         """The sum; training and sampling take turns, so of activations and cache only the larger counts."""
-        kept = self.base + self.merged + self.laid_out + self.trained
-        return kept + self.head + max(self.activations, self.kv_cache)
+        kept = self.base + self.merged + self.laid_out + self.trained + self.vllm
+        return kept + self.head + max(self.activations + self.backward, self.kv_cache)
 
     def describe(self) -> str:
         """One line, in GB, without what is nothing."""
@@ -140,9 +147,12 @@ def estimate(
     micro_batch_tokens: int = 4096,
     sampled_rows: int = 0,
     row_tokens: int = 0,
+    longest_tokens: int = 0,
+    tied: int = 1,
+    vllm_bytes: int = 0,
     on_cpu: bool = True,
 ) -> Memory:
-    """Bytes that training and sampling take, allocator and Python aside.
+    """Bytes that training and sampling take, allocator and Python aside: no bound.
 
     Args:
         model: Its sizes.
@@ -152,6 +162,9 @@ def estimate(
         micro_batch_tokens: Tokens in one forward and backward pass, after merging.
         sampled_rows: Rows decoded at once; 0 samples nothing.
         row_tokens: Prompt and answer of such a row.
+        longest_tokens: Of a sequence that is learned; 0 where all of a micro-batch may be one.
+        tied: Such sequences that are computed together, whatever the micro-batch: the two of a pair.
+        vllm_bytes: What vLLM takes, where it samples; rows are then in its cache.
         on_cpu: Whether it is computed there. Frozen Llama-like models are then laid out once more, by the first stage
             that samples or scores; it is counted for every one.
     """
@@ -159,26 +172,41 @@ def estimate(
     linear = model.layers * sum(i * o for i, o in model.linears)
     rank = lora_rank or 0
     trained = adapters * (model.layers * rank * sum(i + o for i, o in model.linears) if rank else model.parameters)
-    kv_tokens = sampled_rows * row_tokens
+    kv_tokens = 0 if vllm_bytes else sampled_rows * row_tokens
+    tokens = max(micro_batch_tokens, tied * longest_tokens)
+    # On a CPU attention is in float32, whatever the weights are in.
+    attended = 4 if on_cpu else size
+    one_layer = tokens * _kept_per_token(model, rank, size, attended)
+    scores = SCORE_COPIES * model.heads * min(SPAN_TOKENS, tokens) * min(longest_tokens or tokens, tokens) * 4
     return Memory(
         base=model.parameters * size,
         merged=(linear if rank else model.parameters) * size if sampled_rows else 0,
         laid_out=linear * size + model.vocabulary * model.hidden * 4 if model.laid_out and on_cpu else 0,
         trained=trained * 4 * 4,
-        activations=micro_batch_tokens * model.layers * _kept_per_token(model, rank) * size,
+        activations=model.layers * one_layer,
+        backward=one_layer + (scores if on_cpu else 0),
         # A bfloat16 head multiplies in float32 on a CPU, from a copy made for each piece.
         head=HEAD_COPIES * HEAD_TOKENS * model.vocabulary * 4
         + (model.vocabulary * model.hidden * 4 if on_cpu and dtype == "bfloat16" else 0),
-        # On a CPU attention is in float32, whatever the weights are in.
-        kv_cache=kv_tokens * model.layers * 2 * model.kv_heads * model.head_size * (4 if on_cpu else size),
+        kv_cache=kv_tokens * model.layers * 2 * model.kv_heads * model.head_size * attended,
+        vllm=vllm_bytes,
     )
 
 
-def _kept_per_token(model: Shape, rank: int) -> int:
-    """Numbers one layer keeps of one token: the inputs of its norms, products and linear layers."""
+def _kept_per_token(model: Shape, rank: int, size: int, attended: int) -> int:
+    """Bytes one layer keeps of one token: the inputs of its norms, products and linear layers.
+
+    Args:
+        model: Its sizes.
+        rank: Of adapters.
+        size: Of a number of the model.
+        attended: Of a number in attention.
+    """
     q, kv = model.heads * model.head_size, model.kv_heads * model.head_size
-    # Of norms their inputs and outputs; queries, keys, values and result; gate, its activation, up and their product.
-    norms, attention = 4 * model.hidden, 2 * q + 2 * kv
-    # Of many experts a token passes a few; two is usual.
+    # Norms are computed in float32; their inputs and outputs are kept.
+    norms = 2 * model.hidden * (4 + size)
+    # Queries, keys, values; and the result.
+    attention = (q + 2 * kv) * attended + q * size
+    # Gate, its activation, up and their product. Of many experts a token passes a few; two is usual.
     mlp = min(model.experts, 2) * (4 if model.gated else 2) * model.intermediate
-    return norms + attention + mlp + rank * min(len(model.linears), 7)
+    return norms + attention + (mlp + rank * min(len(model.linears), 7)) * size

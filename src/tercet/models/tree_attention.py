@@ -7,6 +7,7 @@ trie, nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,16 +28,18 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """A range of the row, what it sees before itself, and the mask between: (end - start, ancestors + end - start)."""
+    """A range of the row and what it sees: whole ranges before itself, and of itself what the mask allows."""
 
     start: int
     end: int
-    ancestors: Tensor
+    seen: tuple[tuple[int, int], ...]
+    """Ranges (start, end) of the row in order; the last one ends with the span itself."""
     bias: Tensor
+    """(end - start, end - start): 0 where the trie allows, minus infinity elsewhere."""
 
     def to(self, device: torch.device) -> Span:
         """The same span on a device."""
-        return replace(self, ancestors=self.ancestors.to(device), bias=self.bias.to(device))
+        return replace(self, bias=self.bias.to(device))
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,14 @@ class ForestLayout:
         return out
 
 
-def span(start: int, end: int, ancestors: Tensor, subtree_end: Tensor) -> Span:
-    """A span with its additive mask: 0 where the trie allows, minus infinity elsewhere."""
+def span(start: int, end: int, ancestors: Sequence[tuple[int, int]], subtree_end: Tensor) -> Span:
+    """A span that sees ranges before itself, and itself as `subtree_end` (T,) of the row says."""
     row = torch.arange(start, end)
-    ends = subtree_end[start:end]
-    inside = (row[None, :] <= row[:, None]) & (row[:, None] < ends[None, :])
-    seen = torch.cat([torch.ones(end - start, len(ancestors), dtype=torch.bool), inside], dim=1)
-    bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    return Span(start, end, ancestors, bias)
+    inside = (row[None, :] <= row[:, None]) & (row[:, None] < subtree_end[start:end][None, :])
+    bias = torch.zeros(inside.shape).masked_fill_(~inside, float("-inf"))
+    before = list(ancestors)
+    first = before.pop()[0] if before and before[-1][1] == start else start
+    return Span(start, end, (*before, (first, end)), bias)
 
 
 class _ForestAttention(torch.autograd.Function):
@@ -91,31 +94,30 @@ class _ForestAttention(torch.autograd.Function):
             grad_q = (grad_scores @ k).mul_(ctx.scale)
             grad_query[:, part.start : part.end] = grad_q.reshape(query.shape[0], -1, query.shape[-1])
             grad_k = grad_scores.transpose(1, 2) @ q
-            seen = len(part.ancestors)
-            if seen:
-                grad_key.index_add_(1, part.ancestors, grad_k[:, :seen])
-                grad_value.index_add_(1, part.ancestors, grad_v[:, :seen])
-            grad_key[:, part.start : part.end] += grad_k[:, seen:]
-            grad_value[:, part.start : part.end] += grad_v[:, seen:]
+            at = 0
+            for start, end in part.seen:
+                grad_key[:, start:end] += grad_k[:, at : at + end - start]
+                grad_value[:, start:end] += grad_v[:, at : at + end - start]
+                at += end - start
         return grad_query, grad_key, grad_value, None, None
 
 
 def _gather(query: Tensor, key: Tensor, value: Tensor, part: Span, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled queries of a span (kv_heads, queries per kv head x tokens, d); keys, values seen (kv_heads, seen, d)."""
-    own = slice(part.start, part.end)
-    q = (query[:, own] * scale).reshape(key.shape[0], -1, query.shape[-1])
-    if len(part.ancestors) == 0:
-        return q, key[:, own], value[:, own]
-    return (
-        q,
-        torch.cat([key.index_select(1, part.ancestors), key[:, own]], dim=1),
-        torch.cat([value.index_select(1, part.ancestors), value[:, own]], dim=1),
-    )
+    q = (query[:, part.start : part.end] * scale).reshape(key.shape[0], -1, query.shape[-1])
+    return q, _seen(key, part), _seen(value, part)
+
+
+def _seen(kept: Tensor, part: Span) -> Tensor:
+    if len(part.seen) == 1:
+        return kept[:, slice(*part.seen[0])]
+    return torch.cat([kept[:, start:end] for start, end in part.seen], dim=1)
 
 
 def _weights(q: Tensor, k: Tensor, part: Span) -> Tensor:
     scores = torch.matmul(q, k.transpose(1, 2))
-    scores.view(k.shape[0], -1, *part.bias.shape).add_(part.bias)
+    own = len(part.bias)
+    scores.view(k.shape[0], -1, own, k.shape[1])[..., -own:].add_(part.bias)
     return torch.softmax(scores, dim=-1)
 
 

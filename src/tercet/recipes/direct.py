@@ -50,6 +50,7 @@ def train_dpo(config: DPORunConfig, *, say: Say = print) -> Path:
     )
     learned = comparison_pairs(session, rows, config.max_length, "to learn")
     tested = comparison_pairs(session, test, config.max_length, "held out")
+    longest = max((len(datum.tokens) for pair in learned for datum in pair.data), default=0)
     directory = Path(config.out)
     with open_run(
         session,
@@ -60,7 +61,7 @@ def train_dpo(config: DPORunConfig, *, say: Say = print) -> Path:
         steps=config.steps(len(learned)),
         save_every_steps=config.save_every_steps,
         what=f"steps of {config.pairs_per_step} comparisons, of which there are {len(learned):,}; loss {config.loss}; "
-        f"{session.memory()}",
+        f"{session.memory(longest_tokens=longest, tied=2)}",
     ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(init=start, lora=config.adapter, seed=config.seed)
@@ -91,6 +92,7 @@ def train_kto(config: KTORunConfig, *, say: Say = print) -> Path:
         learned = [replace(row, mismatched=other) for row, other in zip(learned, others, strict=True)]
     tested = labelled_answers(session, test, config.max_length, "held out")
     good = sum(row.desirable for row in learned)
+    longest = max((len(row.datum.tokens) for row in learned), default=0)
     session.say(f"{good:,} good answers and {len(learned) - good:,} bad ones to learn")
     directory = Path(config.out)
     with open_run(
@@ -101,7 +103,8 @@ def train_kto(config: KTORunConfig, *, say: Say = print) -> Path:
         _origin(session, start, [learned, tested]),
         steps=config.steps(len(learned)),
         save_every_steps=config.save_every_steps,
-        what=f"steps of {config.rows_per_step} answers, of which there are {len(learned):,}; {session.memory()}",
+        what=f"steps of {config.rows_per_step} answers, of which there are {len(learned):,}; "
+        f"{session.memory(longest_tokens=longest)}",
     ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(init=start, lora=config.adapter, seed=config.seed)

@@ -183,6 +183,7 @@ def run_rebel(
     learned, tested = ranked_data(session, rows, "to learn"), ranked_data(session, test, "held out")
     if not learned:
         raise DataError("no pair fits into the model; prepare with a lower max_prompt_length and max_answer_length")
+    longest = max(len(datum.tokens) for pair in learned for datum in pair.data)
     with open_run(
         session,
         directory,
@@ -195,7 +196,8 @@ def run_rebel(
         },
         steps=config.steps(len(learned)),
         save_every_steps=config.save_every_steps,
-        what=f"steps of {config.pairs_per_step} pairs, of which there are {len(learned):,}; {session.memory()}",
+        what=f"steps of {config.pairs_per_step} pairs, of which there are {len(learned):,}; "
+        f"{session.memory(longest_tokens=longest, tied=2)}",
     ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(init=init, lora=config.adapter, seed=config.seed)

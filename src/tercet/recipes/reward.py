@@ -82,6 +82,7 @@ def run_reward(
     """Stage 2 with a scalar model, trained from the base or from `init`, with a new head."""
     setup = session.setup
     groups = grouped(rows, k_wise=config.k_wise)
+    longest = session.longest(((*r.prompt, *answer) for r in rows for answer in (r.a, r.b)), config.max_length)
     with open_run(
         session,
         directory,
@@ -91,7 +92,7 @@ def run_reward(
         steps=config.steps(len(groups)),
         save_every_steps=config.save_every_steps,
         what=f"steps of {config.pairs_per_step} {'prompts' if config.k_wise else 'comparisons'}, of which there are "
-        f"{len(groups):,}; {session.memory()}",
+        f"{len(groups):,}; {session.memory(longest_tokens=longest, tied=2)}",
     ) as run:
         if not run.is_done:
             head = Head(init_std=config.head_init_std)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from tercet.errors import ConfigError, ModelError
 from tercet.models.memory import estimate, read_shape
 from tercet.rewards.judge import Judge
 from tercet.rewards.scalar import ScalarJudge
-from tercet.types import Comparison, LoraConfig, Message, Weights
+from tercet.types import Comparison, Conversation, LoraConfig, Message, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -40,7 +40,7 @@ class MachineConfig:
     """Of the frozen base; auto is bfloat16 on CUDA and, for models from 50 million weights on, on a CPU that multiplies
     it (AVX512-BF16, AMX); else float32. What is trained is float32."""
     threads: int | None = None
-    """CPU threads; null takes one for every core this process may use."""
+    """CPU threads; null takes OMP_NUM_THREADS where it is set, else one for every physical core that may be used."""
     max_rows: int = 128
     """Answers decoded side by side; lower it when memory is short."""
     trust_remote_code: bool = False
@@ -128,9 +128,25 @@ class Session:
         """A short hash of saved weights; of the base, a word."""
         return "base" if weights is None else self.engine.sampler(weights).fingerprint()[:16]
 
-    def memory(self, *, sampled_rows: int = 0, row_tokens: int = 0) -> str:
-        """What training will need, in words; `row_tokens` is prompt and answer of a row being sampled."""
+    def longest(self, texts: Iterable[Conversation], limit: int) -> int:
+        """About how many tokens the longest of some conversations has, at most `limit`; found by its characters."""
+        written = ([message.content for message in text] for text in texts)
+        longest = max(written, key=lambda text: sum(map(len, text)), default=[])
+        return min(limit, len(self.tokenizer.encode("\n\n".join(longest), add_special_tokens=False)))
+
+    def memory(
+        self, *, sampled_rows: int = 0, row_tokens: int = 0, longest_tokens: int | None = None, tied: int = 1
+    ) -> str:
+        """What training will need, in words.
+
+        Args:
+            sampled_rows: Rows that are sampled, and then learned.
+            row_tokens: Prompt and answer of such a row.
+            longest_tokens: Of a sequence that is learned; None when it is a row that was sampled.
+            tied: Such sequences that are computed together: 2 of a pair.
+        """
         from tercet.engine.local import LocalEngine
+        from tercet.engine.vllm_sampler import VllmEngine
 
         setup = self.setup
         if not isinstance(self.engine, LocalEngine):
@@ -148,9 +164,12 @@ class Session:
             micro_batch_tokens=setup.micro_batch_tokens,
             sampled_rows=min(setup.max_rows, sampled_rows),
             row_tokens=row_tokens,
+            longest_tokens=min(row_tokens if longest_tokens is None else longest_tokens, self.engine.context_tokens),
+            tied=tied,
+            vllm_bytes=self.engine.vllm_bytes if isinstance(self.engine, VllmEngine) and sampled_rows else 0,
         )
         size = f"{found.total / 1e9:.1f} GB" if found.total >= 1e8 else f"{found.total / 1e6:.0f} MB"
-        return f"at most about {size} beside Python"
+        return f"about {size} beside Python"
 
 
 def settings_of(kind: type, config: object) -> dict[str, Any]:
@@ -186,13 +205,13 @@ def local_engine(setup: SetupConfig) -> LocalEngine:
     from tercet.engine.local import LocalEngine
     from tercet.engine.vllm_sampler import VllmEngine, require_vllm
     from tercet.models.load import load_model
-    from tercet.runs.environment import environment
+    from tercet.runs.environment import default_threads, environment
 
     if setup.sampler == "vllm":
         require_vllm()
     check_positive({"micro_batch_tokens": setup.micro_batch_tokens, "max_rows": setup.max_rows})
     check_positive({} if setup.threads is None else {"threads": setup.threads})
-    torch.set_num_threads(setup.threads or max(1, int(environment()["cpus"])))
+    torch.set_num_threads(setup.threads or default_threads(environment()))
     device = device_of(setup)
     loaded = load_model(setup.model, dtype=setup.dtype, device=device, trust_remote_code=setup.trust_remote_code)
     kind = VllmEngine if setup.sampler == "vllm" else LocalEngine

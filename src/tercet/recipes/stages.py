@@ -82,7 +82,8 @@ def run_sft(session: Session, config: SFTConfig, directory: Path) -> Weights:
         {"rows_sha256": rows_sha256(learned)},
         steps=config.steps(len(learned)),
         save_every_steps=config.save_every_steps,
-        what=f"steps of {config.batch_size} conversations, of which there are {len(learned):,}; {session.memory()}",
+        what=f"steps of {config.batch_size} conversations, of which there are {len(learned):,}; "
+        f"{session.memory(longest_tokens=max((len(d.tokens) for d in learned), default=0))}",
     ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(lora=setup.adapter, seed=setup.seed)
@@ -102,6 +103,7 @@ def run_preference(
 ) -> Weights:
     """Stage 2: a preference model, trained from `init`, or from the base (None)."""
     setup = session.setup
+    longest = session.longest(((*row.prompt, *row.a, *row.b) for row in rows), config.max_length)
     with open_run(
         session,
         directory,
@@ -111,7 +113,7 @@ def run_preference(
         steps=config.steps(len(rows)),
         save_every_steps=config.save_every_steps,
         what=f"steps of {config.pairs_per_step} comparisons in both orders, of which there are {len(rows):,}; "
-        f"{session.memory()}",
+        f"{session.memory(longest_tokens=longest, tied=2 if config.label_weight < 1 else 1)}",
     ) as run:
         if not run.is_done:
             trainer = session.engine.trainer(init=init, lora=setup.adapter, seed=setup.seed)

@@ -6,10 +6,12 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import tercet
+from tercet.machine import memory_bytes
 
 LIBRARIES = (
     "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "tyro", "PyYAML", "rich",
@@ -26,8 +28,9 @@ VARIABLES = (
 def environment() -> dict[str, Any]:
     """What a run ran on.
 
-    `cpus` counts those this process may use: its affinity and its container's quota are respected, as is the
-    container's limit in `memory_gib`. `torch_threads` and `gpus` are None while torch is not imported.
+    `cpus` counts those this process may use, `cores` the physical ones among them, whole: its affinity and its
+    container's quota are respected, as is the container's limit in `memory_gib`. `torch_threads` and `gpus` are None
+    while torch is not imported.
     Nothing here says who or where: no host name, user, path or address.
     """
     return {
@@ -36,6 +39,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cpus": _usable_cpus(),
+        "cores": max(1, int(min(_usable_cpus(), _physical_cores(_affinity())))),
         "memory_gib": _memory_gib(),
         "torch_threads": _torch_threads(),
         "gpus": _gpus(),
@@ -58,16 +62,34 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def default_threads(facts: Mapping[str, Any]) -> int:
+    """Threads to compute with where none are asked for: what OMP_NUM_THREADS says, else one for every physical core.
+
+    Two logical CPUs of one core share what multiplies.
+    """
+    # A list is of nested levels; the first is the outermost.
+    said = facts["variables"].get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdecimal() and int(said) else int(facts["cores"])
+
+
+def _affinity() -> set[int]:
+    return set(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+def _physical_cores(cpus: Collection[int], system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Cores that logical CPUs are on; where the system does not tell, each is its own."""
+    siblings = (_read(system / f"cpu{cpu}" / "topology" / "thread_siblings_list").strip() for cpu in cpus)
+    return len({said or f"cpu {cpu}" for cpu, said in zip(cpus, siblings, strict=True)})
+
+
 def _usable_cpus() -> float:
-    count = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    count = float(len(_affinity()))
     quota, _, period = _read(Path("/sys/fs/cgroup/cpu.max")).strip().partition(" ")
     return min(count, round(int(quota) / int(period), 2)) if quota.isdigit() and period.isdigit() else count
 
 
 def _memory_gib() -> float:
-    in_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
-    return round((min(in_bytes, int(limit)) if limit.isdigit() else in_bytes) / 2**30, 1)
+    return round(memory_bytes() / 2**30, 1)
 
 
 def _torch_threads() -> int | None:

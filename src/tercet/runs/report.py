@@ -219,7 +219,7 @@ def _configs(folder: RunFolder) -> Iterator[tuple[str, str]]:
 def _environment(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     labels = {
         "tercet": "tercet", "python": "Python", "system": "System", "cpu": "CPU", "cpus": "CPUs usable",
-        "memory_gib": "Memory (GiB)", "torch_threads": "torch threads", "gpus": "GPUs",
+        "cores": "Cores", "memory_gib": "Memory (GiB)", "torch_threads": "torch threads", "gpus": "GPUs",
     }  # fmt: skip
     for key, label in labels.items():
         value = facts.get(key)

@@ -8,16 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
 
-from tercet.errors import CheckpointError, TercetError
 from tercet.server import requests as asked
 from tercet.server.guard import Guard
 from tercet.server.promises import Promise
+from tercet.server.refusals import answer_errors
 from tercet.server.rest import Rest
-from tercet.server.service import Busy, Gone, Missing, Service
+from tercet.server.service import Service
 from tercet.server.wire import read_learn_request
 
 PREFIX = "/api/v1"
@@ -34,7 +32,6 @@ CLIENT_CONFIG = {
     # A machine with two cores may draw for longer than the hosted service ever does.
     "sample_enable_stuck_detection": False,
 }
-STATUS = {Gone: 410, Missing: 404, CheckpointError: 404, Busy: 429}
 
 
 class Endpoints:
@@ -197,10 +194,7 @@ def make_app(service: Service, *, token: str | None, local_only: bool) -> FastAP
         ("GET", "/sessions/{session_id}", rest.session),
     ):
         app.add_api_route(PREFIX + path, answer, methods=[method], response_model=None)
-    app.add_exception_handler(TercetError, _refused)
-    app.add_exception_handler(RequestValidationError, _malformed)
-    app.add_exception_handler(HTTPException, _no_endpoint)
-    app.add_exception_handler(Exception, _failed)
+    answer_errors(app)
     app.add_middleware(Guard, token=token, local_only=local_only, most_bytes=service.limits.body_mb * 1_000_000)
     return app
 
@@ -220,28 +214,3 @@ def _other_sdk(version: str) -> JSONResponse | None:
         },
         400,
     )
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 400)
-    return JSONResponse({"detail": str(error)}, status)
-
-
-async def _malformed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
-    return JSONResponse({"detail": f"{request.url.path} cannot read the request: {wrong}"}, 422)
-
-
-async def _no_endpoint(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code in (404, 405):
-        detail = f"{request.method} {request.url.path} is no endpoint of this server; docs/serve.md lists those it has"
-        return JSONResponse({"detail": detail}, 404)
-    return JSONResponse({"detail": error.detail}, error.status_code)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    # The error goes on to uvicorn, whose log has all of it.
-    detail = f"the server failed: {type(error).__name__}: {error}; its log has more"
-    return JSONResponse({"detail": detail}, 500)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -126,7 +127,25 @@ class Adam(_Request):
     grad_clip_norm: float = 0.0
 
     def params(self) -> AdamParams:
-        """As engines know it; a norm of 0 does not clip."""
+        """As engines know it; a norm of 0 does not clip.
+
+        Raises:
+            UsageError: A number is out of range, under which AdamW would not be AdamW or would climb.
+        """
+        for name, value, least, below in (
+            ("learning_rate", self.learning_rate, 0.0, math.inf),
+            ("beta1", self.beta1, 0.0, 1.0),
+            ("beta2", self.beta2, 0.0, 1.0),
+            ("weight_decay", self.weight_decay, 0.0, math.inf),
+        ):
+            if not least <= value < below:
+                wanted = "finite and not below 0" if below == math.inf else "from 0 to below 1"
+                raise UsageError(f"{name} is {value}; it must be {wanted}")
+        if not 0 < self.eps < math.inf:
+            raise UsageError(f"eps is {self.eps}; it must be finite and above 0")
+        # The norm itself may be infinite, which clips nothing; below 0 it would turn the gradient round.
+        if not self.grad_clip_norm >= 0:
+            raise UsageError(f"grad_clip_norm is {self.grad_clip_norm}; it must be above 0, or 0 not to clip")
         return AdamParams(
             learning_rate=self.learning_rate,
             beta1=self.beta1,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Query
 from fastapi.responses import Response, StreamingResponse
 
 from tercet.server import requests as asked
-from tercet.server.service import Missing, Service
-from tercet.server.store import SCHEME, Checkpoint, Run
+from tercet.server.refusals import Missing
+from tercet.server.service import Service
+from tercet.server.store import SCHEME, Checkpoint, Run, in_words
+
+Count = Annotated[int, Query(ge=0)]
 
 
 class Rest:
@@ -17,7 +21,7 @@ class Rest:
     def __init__(self, service: Service) -> None:
         self.service, self.store = service, service.store
 
-    def training_runs(self, limit: int = 20, offset: int = 0) -> dict[str, Any]:
+    def training_runs(self, limit: Count = 20, offset: Count = 0) -> dict[str, Any]:
         """Runs, the newest first."""
         runs = self.store.runs()
         found = [self._run(run) for run in runs[offset : offset + limit]]
@@ -34,7 +38,7 @@ class Rest:
         """The checkpoints of a run."""
         return {"checkpoints": [each.as_json() for each in self.store.checkpoints(run_id)]}
 
-    def checkpoints(self, limit: int = 100, offset: int = 0) -> dict[str, Any]:
+    def checkpoints(self, limit: Count = 100, offset: Count = 0) -> dict[str, Any]:
         """Every checkpoint, the newest first."""
         found = self.store.checkpoints()
         return {
@@ -60,10 +64,11 @@ class Rest:
 
     def weights_info(self, request: asked.WeightsInfo) -> dict[str, Any]:
         """What one must know to load weights."""
-        run = self.store.checkpoint(request.tinker_path).run
-        return {"base_model": run.base_model, "is_lora": True, "lora_rank": run.lora_rank, "train_unembed": False}
+        found = self.store.checkpoint(request.tinker_path)
+        about = {"is_lora": True, "lora_rank": found.lora_rank, "train_unembed": False}
+        return {"base_model": found.run.base_model, **about}
 
-    async def sessions(self, limit: int = 20, offset: int = 0) -> dict[str, Any]:
+    async def sessions(self, limit: Count = 20, offset: Count = 0) -> dict[str, Any]:
         """Sessions, the newest first."""
         return {"sessions": list(reversed(self.service.sessions))[offset : offset + limit]}
 
@@ -75,7 +80,7 @@ class Rest:
         return {
             "training_run_ids": found.models,
             "sampler_ids": found.samplers,
-            "user_metadata": found.user_metadata,
+            "user_metadata": in_words(found.user_metadata),
             "display_name": found.display_name,
         }
 
@@ -83,7 +88,7 @@ class Rest:
         return self.store.checkpoint(f"{SCHEME}{run_id}/{kind}/{name}")
 
     def _run(self, run: Run) -> dict[str, Any]:
-        saved = self.store.checkpoints(run.training_run_id)
+        saved, model = self.store.checkpoints(run.training_run_id), self.service.models.get(run.training_run_id)
         last = {
             kind: next((each for each in saved if each.kind == kind), None) for kind in ("weights", "sampler_weights")
         }
@@ -94,8 +99,8 @@ class Rest:
             "is_lora": True,
             "lora_rank": run.lora_rank,
             "corrupted": False,
-            "last_request_time": run.last_request_time,
+            "last_request_time": run.last_request_time if model is None else model.asked_at or run.last_request_time,
             "last_checkpoint": None if last["weights"] is None else last["weights"].as_json(),
             "last_sampler_checkpoint": None if last["sampler_weights"] is None else last["sampler_weights"].as_json(),
-            "user_metadata": run.user_metadata,
+            "user_metadata": in_words(run.user_metadata),
         }

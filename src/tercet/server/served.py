@@ -27,6 +27,12 @@ class Served:
     """How many tokens it knows."""
     architecture: str = "unknown"
 
+    @property
+    def weights(self) -> str:
+        """The model itself, however `--model` spells it: a directory has one whole path."""
+        directory = Path(self.name).expanduser()
+        return str(self.tokenizer) if directory.is_dir() and directory.resolve() == self.tokenizer else self.name
+
     def checked(self, name: str) -> str:
         """The name itself, once it is one of the model's.
 

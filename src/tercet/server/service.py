@@ -16,6 +16,7 @@ from tercet.errors import CheckpointError, TercetError, UsageError
 from tercet.server import requests as asked
 from tercet.server.learning import learn
 from tercet.server.promises import PROTOBUF, Answer, Promise, Promises, answer, failure
+from tercet.server.refusals import Busy, Gone, Missing
 from tercet.server.sampling import read_draw
 from tercet.server.schedule import Backlog, Schedule
 from tercet.server.served import Limits, Served
@@ -31,18 +32,6 @@ KEPT_S, KEPT_UNFETCHED_S = 120.0, 3600.0
 TIDY_EVERY_S = 20.0
 # A client says every 10 s that it lives. One that does not is not drawn for; should it come back, it asks again.
 SILENT_S = 90.0
-
-
-class Gone(TercetError):
-    """A session or a promise is over, and nothing can bring it back; a client is told 410."""
-
-
-class Busy(TercetError):
-    """Too much waits already; a client is told 429."""
-
-
-class Missing(TercetError):
-    """What is asked for is not there; a client is told 404."""
 
 
 class Service:
@@ -99,7 +88,7 @@ class Service:
             if model is not None:
                 for promise in model.let_go():
                     self.promises.forget(promise)
-                self.schedule.submit(Promise("", None, session_id), lambda model=model: _close(model))  # type: ignore[misc]
+                self.schedule.submit(Promise("", None, session_id), lambda model=model: self._let_go(model))  # type: ignore[misc]
 
     # Models
 
@@ -123,10 +112,9 @@ class Service:
 
         def work(model: Model) -> Answer:
             saved = self._loadable(request.path)
-            model.base_model = request.base_model or saved.run.base_model
-            self.served.checked(model.base_model)
+            model.base_model = self.served.checked(request.base_model) if request.base_model else saved.run.base_model
             model.trainer = self._loaded(saved, optimizer=request.optimizer)
-            model.lora_rank = saved.run.lora_rank
+            model.lora_rank = saved.lora_rank
             self._begin_run(model, request.user_metadata)
             return answer(path=request.path, model_id=model.model_id, type="load_weights")
 
@@ -147,6 +135,7 @@ class Service:
         session = self.sessions.get(found.session_id)
         if session is not None:
             session.heard_at = time.monotonic()
+        found.asked_at = now()
         return found
 
     def info(self, model_id: str) -> dict[str, Any]:
@@ -206,8 +195,9 @@ class Service:
             found = self.store.save(
                 model.model_id, kind, checked_name(request.path or f"step-{request.seq_id}"), write,
                 ttl_seconds=request.ttl_seconds, user_metadata=request.user_metadata, overwrite=request.overwrite,
+                lora_rank=model.lora_rank,
             )  # fmt: skip
-            self.store.touch(model.model_id)
+            self.store.touch(model.model_id, model.asked_at)
             return answer(path=found.path, type="save_weights" if kind == "weights" else "save_weights_for_sampler")
 
         return self._in_order(request.model_id, request.seq_id, work)
@@ -236,7 +226,7 @@ class Service:
             old, model.trainer = model.trained(), self._loaded(saved, optimizer=request.optimizer)
             old.close()
             run = self.store.run(model.model_id)
-            model.lora_rank = saved.run.lora_rank
+            model.lora_rank = saved.lora_rank
             if run is not None:
                 self.store.begin(replace(run, lora_rank=model.lora_rank))
             return answer(path=request.path, model_id=model.model_id, type="load_weights")
@@ -377,10 +367,8 @@ class Service:
         return trainer
 
     def _begin_run(self, model: Model, user_metadata: dict[str, Any] | None) -> None:
-        began = now()
-        self.store.begin(
-            Run(model.model_id, model.base_model, self.served.name, model.lora_rank, user_metadata, began, began)
-        )
+        began, served = now(), self.served.weights
+        self.store.begin(Run(model.model_id, model.base_model, served, model.lora_rank, user_metadata, began, began))
 
     def _in_order(self, model_id: str, seq_id: int | None, work: Callable[[Model], Answer]) -> Promise:
         model = self.model(model_id)
@@ -392,10 +380,9 @@ class Service:
 
     def _loadable(self, path: str) -> Checkpoint:
         saved = self.store.checkpoint(path)
-        if saved.run.served != self.served.name:
-            raise CheckpointError(
-                f"{path} was trained on {saved.run.served}, and this server serves {self.served.name}"
-            )
+        served = self.served.weights
+        if saved.run.served not in (served, self.served.name):
+            raise CheckpointError(f"{path} was trained on {saved.run.served}, and this server serves {served}")
         return saved
 
     def _entry(self, sampler_id: str, session_id: str, base_model: str | None, path: str | None) -> SamplerEntry:
@@ -427,9 +414,22 @@ class Service:
                     f"the sampler {entry.sampler_id} was never saved and has made room for newer ones; save it with a "
                     "name, or start the server with a larger --limits.samplers"
                 )
-            return self.served.engine.sampler(Weights(self._loadable(entry.model_path).directory))
+            saved = self._loadable(entry.model_path)
+            # What is asked for by its name alone is whatever has it now; a client's sampler is what it was.
+            if (saved.path, saved.time) != entry.weights:
+                raise UsageError(
+                    f"{saved.path} was saved anew after the sampler {entry.sampler_id} of it was made, and the old "
+                    "weights are gone; create another sampling client to draw from the new ones"
+                )
+            return self.served.engine.sampler(Weights(saved.directory))
 
         return self.samplers.get(entry.weights, make)
+
+    def _let_go(self, model: Model) -> Answer:
+        _close(model)
+        if model.asked_at:
+            self.store.touch(model.model_id, model.asked_at)
+        return answer()
 
     async def _tidy_for_ever(self) -> None:
         while True:

@@ -47,6 +47,8 @@ class Model:
     lora_rank: int | None = None
     trainer: Trainer | None = None
     """None until it is made, and after it is closed."""
+    asked_at: str = ""
+    """When a client last asked for something of it."""
     next_seq: int = 1
     waiting: dict[int, _Waiting] = field(default_factory=dict)
 

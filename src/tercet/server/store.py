@@ -29,6 +29,8 @@ KINDS = {"weights": "training", "sampler_weights": "sampler"}
 RUN_FILE, CHECKPOINT_FILE = "run.json", "checkpoint.json"
 # A checkpoint that is being replaced stands under this name until the new one is in its place.
 ASIDE = f"{UNFINISHED}old"
+# Ten years, as on the hosted service.
+LONGEST_S = 315_360_000
 # One name, no path: nothing that leads out of the folder, and nothing hidden.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+=@-]{0,199}")
 
@@ -60,6 +62,8 @@ class Checkpoint:
     size_bytes: int
     user_metadata: dict[str, Any] | None
     expires_at: str | None
+    lora_rank: int | None = None
+    """The run may have gone on from weights of another one since."""
 
     @property
     def path(self) -> str:
@@ -75,9 +79,20 @@ class Checkpoint:
             "tinker_path": self.path,
             "size_bytes": self.size_bytes,
             "public": False,
-            "user_metadata": self.user_metadata,
+            "user_metadata": in_words(self.user_metadata),
             "expires_at": self.expires_at,
         }
+
+
+def in_words(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """A client's metadata as the SDK reads them: it takes anything to be sent, and only texts to come back.
+
+    >>> in_words({"who": "me", "step": 3, "tags": ["a"]})
+    {'who': 'me', 'step': '3', 'tags': '["a"]'}
+    """
+    if metadata is None:
+        return None
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
 
 
 def now() -> str:
@@ -120,11 +135,11 @@ class Store:
         with self._changing:
             write_atomically(folder / RUN_FILE, json.dumps(asdict(run), indent=1))
 
-    def touch(self, run_id: str) -> None:
-        """Note that the run was asked for something."""
+    def touch(self, run_id: str, at: str) -> None:
+        """Note when the run was last asked for something."""
         run = self.run(run_id)
         if run is not None:
-            self.begin(replace(run, last_request_time=now()))
+            self.begin(replace(run, last_request_time=at))
 
     def run(self, run_id: str) -> Run | None:
         """The run of this id."""
@@ -147,6 +162,7 @@ class Store:
         ttl_seconds: int | None,
         user_metadata: Mapping[str, Any] | None,
         overwrite: bool,
+        lora_rank: int | None = None,
     ) -> Checkpoint:
         """Write a checkpoint; a reader sees all of it or nothing.
 
@@ -158,10 +174,12 @@ class Store:
             ttl_seconds: When it expires; None never.
             user_metadata: Kept with it.
             overwrite: Whether it may replace one of the same name.
+            lora_rank: Of the weights.
 
         Raises:
-            UsageError: The name cannot name a folder, or is taken; or there is no such run.
+            UsageError: The name cannot name a folder, or is taken; there is no such run; or the time is out of range.
         """
+        _expiry(ttl_seconds)  # refused before anything is written
         run = self.run(run_id)
         if run is None:
             raise UsageError(f"there is no training run {run_id} to save a checkpoint of")
@@ -174,12 +192,12 @@ class Store:
             shutil.rmtree(temporary)
         temporary.mkdir()
         write(temporary)
-        expires = None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)
         note: dict[str, Any] = {
             "time": now(),
             "size_bytes": sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file()),
             "user_metadata": None if user_metadata is None else dict(user_metadata),
-            "expires_at": None if expires is None else expires.isoformat(),
+            "expires_at": _expiry(ttl_seconds),
+            "lora_rank": lora_rank,
         }
         (temporary / CHECKPOINT_FILE).write_text(json.dumps(note))
         for path in [*temporary.rglob("*"), temporary]:
@@ -237,8 +255,9 @@ class Store:
 
         Raises:
             CheckpointError: It has been removed.
+            UsageError: The time is out of range.
         """
-        until = None if ttl_seconds is None else (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat()
+        until = _expiry(ttl_seconds)
         with self._changing:
             note = {**self._note(checkpoint), "expires_at": until}
             write_atomically(checkpoint.directory / CHECKPOINT_FILE, json.dumps(note))
@@ -265,7 +284,7 @@ class Store:
             note = _json(directory / CHECKPOINT_FILE)
         if note is None or _expired(note["expires_at"]):
             return None
-        return Checkpoint(run, kind, name, directory, **note)
+        return Checkpoint(run, kind, name, directory, **{"lora_rank": run.lora_rank, **note})
 
     def _note(self, checkpoint: Checkpoint) -> dict[str, Any]:
         note = _json(checkpoint.directory / CHECKPOINT_FILE)
@@ -319,6 +338,16 @@ def _pack(checkpoint: Checkpoint, file: IO[bytes]) -> None:
     with tarfile.open(fileobj=file, mode="w") as tar:
         for path in sorted(checkpoint.directory.iterdir()):
             tar.add(path, arcname=path.name)
+
+
+def _expiry(ttl_seconds: int | None) -> str | None:
+    if ttl_seconds is None:
+        return None
+    if not 0 <= ttl_seconds <= LONGEST_S:
+        raise UsageError(
+            f"ttl_seconds is {ttl_seconds}; it must be from 0 to {LONGEST_S} (ten years), or None for ever"
+        )
+    return (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat()
 
 
 def _expired(until: str | None) -> bool:

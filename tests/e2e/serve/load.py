@@ -76,13 +76,11 @@ def load(url: str, pid: int, clients: int, requests: int) -> dict[str, Any]:
         answers.append(future.result())
         memory.append(resident_mb(pid))
     seconds = time.monotonic() - began
-    names = [sequence.sequence_id for answer in answers for sequence in answer.sequences]
     tokens = {tuple(sequence.tokens) for answer in answers for sequence in answer.sequences}
     return {
         "clients": clients,
         "asked": len(futures),
         "answered": len(answers),
-        "different_sequence_ids": len(set(names)),
         "whole": sum(len(each) == MAX_TOKENS for each in tokens),
         "different_samples": len(tokens),
         "seconds": round(seconds, 1),

@@ -22,6 +22,7 @@ from tests.e2e.serve.serving import (
     Server,
     data,
     datum,
+    kept,
     learned,
     logprobs_of,
     new_model,
@@ -264,6 +265,30 @@ def test_checkpoints_are_listed_described_packed_and_deleted(server: Server, cli
     assert rest.list_checkpoints(model.model_id).result().checkpoints == []
     with pytest.raises(tinker.NotFoundError, match="there is no checkpoint"):
         client.create_sampling_client(model_path=path).result()
+
+
+def test_what_one_client_notes_breaks_nobodys_lists(server: Server):
+    noted = kept(tinker.ServiceClient(base_url=server.url, api_key=server.token, user_metadata={"try": 3}))
+    model = new_model(noted, user_metadata={"seed": 3, "tags": ["a", "b"]})
+    path = model.save_state("noted", user_metadata={"who": "me"}).result().path
+    body = {"model_id": model.model_id, "seq_id": 2, "path": "odd", "user_metadata": {"step": 10}}
+    asked = server.ask("POST", "/api/v1/save_weights", body)[1]["request_id"]
+    assert "path" in server.ask("POST", "/api/v1/retrieve_future", {"request_id": asked})[1]
+    rest, session = server.rest(), model.model_id.partition(":")[0]
+    [run] = [each for each in rest.list_training_runs().result().training_runs if each.base_model == "tiny"][:1]
+    assert (run.training_run_id, run.user_metadata) == (model.model_id, {"seed": "3", "tags": '["a", "b"]'})
+    odd, plain = rest.list_user_checkpoints().result().checkpoints[:2]
+    assert (odd.user_metadata, plain.user_metadata) == ({"step": "10"}, {"who": "me"})
+    assert session in rest.list_sessions().result().sessions
+    told = rest.get_session(session).result()
+    assert (told.training_run_ids, told.user_metadata) == ([model.model_id], {"try": "3"})
+    rest.set_checkpoint_ttl_from_tinker_path(path, 7200).result()
+    assert rest.list_user_checkpoints().result().checkpoints[1].expires_at > plain.time
+    rest.set_checkpoint_ttl_from_tinker_path(path, None).result()
+    assert rest.list_user_checkpoints().result().checkpoints[1].expires_at is None
+    with pytest.raises(tinker.BadRequestError, match="it must be from 0 to 315360000"):
+        rest.set_checkpoint_ttl_from_tinker_path(path, 10**12).result()
+    noted.close("success")
 
 
 def test_the_tokenizer_comes_from_the_servers_own_directory(client: Any, engine: LocalEngine):

@@ -28,11 +28,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (lambda model: model.forward_backward(data(), "cross_entropy", {"beta": 1.0}), "has no setting 'beta'"),
         (lambda model: model.forward_backward(data(), "ppo"), "datum 0 lacks logprobs, which ppo needs"),
         (lambda model: model.forward_backward([datum([40, 9999])], "cross_entropy"), "has the token 9999"),
+        (
+            lambda model: model.optim_step(types.AdamParams(grad_clip_norm=-1.0)),
+            "grad_clip_norm is -1.0; it must be above 0, or 0 not to clip",
+        ),
         (lambda model: model.save_state("../../escape"), "cannot name a checkpoint"),
+        (lambda model: model.save_state("long", ttl_seconds=10**12), "it must be from 0 to 315360000 (ten years)"),
         (lambda model: model.load_state("tinker://a/weights/../../x"), "names no checkpoint here"),
         (lambda model: model.load_state("tinker://nobody/weights/none"), "there is no checkpoint"),
     ],
-    ids=["loss", "setting", "inputs", "token", "name", "path", "absent"],
+    ids=["loss", "setting", "inputs", "token", "clipping", "name", "time", "path", "absent"],
 )
 def test_a_bad_request_is_told_and_the_model_goes_on(client: Any, ask: Any, told: str):
     model = new_model(client)
@@ -60,6 +65,12 @@ def test_a_sample_ends_where_the_context_does(client: Any):
     long = types.SamplingParams(max_tokens=5000, stop=[])
     [found] = sampler.sample(prompt=prompt, num_samples=1, sampling_params=long).result().sequences
     assert (len(found.tokens), found.stop_reason) == (24, "length")
+    # Beyond what fits, in steps of 64: of 127 places 64 are filled, and what fits is not cut.
+    prompt = types.ModelInput.from_ints([40] * 897)
+    for wanted, given in ((128, 64), (127, 127)):
+        asked = types.SamplingParams(max_tokens=wanted, stop=[])
+        [found] = sampler.sample(prompt=prompt, num_samples=1, sampling_params=asked).result().sequences
+        assert (len(found.tokens), found.stop_reason) == (given, "length")
     with pytest.raises(tinker.RequestFailedError, match="the prompt has 1024 tokens; it must have from 1 to 1023"):
         full = types.ModelInput.from_ints([40] * 1024)
         sampler.sample(prompt=full, num_samples=1, sampling_params=long).result()
@@ -192,7 +203,7 @@ def test_many_clients_lose_nothing_and_get_nothing_twice_when_one_of_them_dies_a
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rounds) == 4
     for found in rounds:
-        counted = ("asked", "answered", "different_sequence_ids", "whole", "different_samples")
+        counted = ("asked", "answered", "whole", "different_samples")
         assert {found[key] for key in counted} == {120}
     _, second, *_, last = [found["memory_mb_first_most_and_last"][-1] for found in rounds]
     assert not last >= 1.25 * second  # the first round brings in what all need; not a number where nobody tells

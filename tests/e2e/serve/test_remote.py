@@ -12,7 +12,7 @@ from tercet.engine.local import LocalEngine
 from tercet.engine.remote import RemoteEngine
 from tercet.errors import CheckpointError, EngineError
 from tercet.types import AdamParams, Batch, Datum, LoraConfig, SamplingParams, Weights
-from tests.e2e.serve.serving import tinker  # noqa: F401  skips where the SDK is absent
+from tests.e2e.serve.serving import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -88,7 +88,7 @@ def test_sampling_through_a_service_scores_what_it_drew(remote: RemoteEngine, en
     )
 
 
-def test_going_on_from_a_save_equals_never_having_stopped(remote: RemoteEngine, tmp_path: Path):
+def test_going_on_from_a_save_equals_never_having_stopped(server: Server, remote: RemoteEngine, tmp_path: Path):
     trainer = remote.trainer(lora=LORA, seed=3)
     trainer.forward_backward(GIVEN, "cross_entropy").result()
     trainer.optim_step(ADAM).result()
@@ -101,6 +101,13 @@ def test_going_on_from_a_save_equals_never_having_stopped(remote: RemoteEngine, 
         each.forward_backward(GIVEN, "cross_entropy").result()
         each.optim_step(ADAM).result()
     assert trainer.forward(GIVEN).result() == again.forward(GIVEN).result()
+    # What goes on is one model at the service, not one of the weights and another of where they stood.
+    session = again.client.model_id.partition(":")[0]
+    before = len(server.rest().get_session(session).result().training_run_ids)
+    further = remote.trainer(init=weights)
+    further.load(weights).result()
+    further.forward(GIVEN).result()
+    assert len(server.rest().get_session(session).result().training_run_ids) == before + 1
 
 
 def test_what_a_service_cannot_do_is_refused_by_name(remote: RemoteEngine, tmp_path: Path):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.commands import CommandLine, measured
-from tests.e2e.serve.serving import tinker  # noqa: F401  skips where the SDK is absent
+from tercet.engine.local import LocalEngine
+from tercet.engine.remote import RemoteEngine
+from tercet.errors import EngineError
+from tercet.types import AdamParams, LoraConfig, SamplingParams
+from tests.e2e.commands import MACHINE, CommandLine, measured
+from tests.e2e.serve.serving import start
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -99,3 +104,33 @@ def test_what_a_service_cannot_do_is_said_before_anything_is_done(
     ).err
     assert "the service has no model 'smollm2-135m'; it has Qwen/Qwen3-8B-Base, tiny" in unknown
     assert not (tmp_path / "run/sft").exists()
+
+
+def test_a_run_whose_service_is_started_anew_says_so_and_goes_on_when_it_is_run_again(
+    tercet: CommandLine, engine: LocalEngine, rows: Any, tmp_path: Path
+):
+    served, run, steps = tmp_path / "served", tmp_path / "run", 16
+    first = start(tercet, served)
+    there = RemoteEngine(first.client(), "tiny", engine.language, context_tokens=engine.context_tokens)
+    trainer = there.trainer(lora=LoraConfig(rank=4, alpha=32))
+    sampler = trainer.sampler()
+    words = ("sft", "--engine", "tinker", *MACHINE, "--data", rows.conversations, "--batch-size", 4, "--epochs", 9,
+             "--max-steps", steps, "--save-every-steps", 1, "--out", run)  # fmt: skip
+    environment = {"TINKER_BASE_URL": first.url, "TINKER_API_KEY": first.token}
+    running = tercet.start(*words, environment=environment)
+    while not list(run.glob("checkpoints/step-*/tinker.json")):
+        assert running.is_running(), running.wait().err
+        time.sleep(0.01)
+    first.stop()
+    second = start(tercet, served, "--port", first.url.rpartition(":")[2])
+    ended = running.wait()
+    assert ended.code == 1 and "run the same command again" in ended.err and "Traceback" not in ended.err
+    adam, params = AdamParams(learning_rate=1e-3), SamplingParams(max_tokens=1)
+    # The second time the SDK does not even ask.
+    for ask in (lambda: trainer.optim_step(adam),) * 2 + (lambda: sampler.sample([[40]], params),):
+        with pytest.raises(EngineError, match="run the same command again"):
+            ask().result()
+    assert len(measured(run)) < steps
+    tercet(*words, environment=environment)
+    assert [row["step"] for row in measured(run)] == list(range(steps + 1))
+    second.stop()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tercet.engine import sampler
+from tercet.engine.kv_cache import KeyValueCache
 from tercet.engine.local import LocalEngine
 from tercet.errors import EngineError
 from tercet.models.load import load_model
-from tercet.types import Datum, LoraConfig
+from tercet.types import Datum, LoraConfig, SamplingParams
 
 OUT = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -117,3 +119,58 @@ def test_a_datum_of_any_length_alone_needs_no_second_try(batch):
     layer(trainer, 1).register_forward_pre_hook(memory.forward)
     trainer.forward_backward(type(batch)([Datum([3] * 8, [0.0, *[1.0] * 7])]), "cross_entropy").result()
     assert (memory.failures, engine.budgets.micro_batch_tokens) == (0, 4)
+
+
+def drawn(engine: LocalEngine):
+    """Twelve completions of three prompts."""
+    prompts = [[3, 4, 5], [6], [7, 8]]
+    return engine.sampler().sample(prompts, SamplingParams(max_tokens=6, eos=False, seed=5), n=4).result()
+
+
+def tokens_of(groups):
+    return [[completion.tokens for completion in group] for group in groups]
+
+
+def test_fewer_rows_are_drawn_when_memory_runs_out_and_the_answers_are_the_same(monkeypatch, caplog):
+    plain = LocalEngine(load_model("tiny"))
+    expected = drawn(plain)
+    rooms = []
+
+    class Small(KeyValueCache):
+        def __init__(self, rows: int, *rest) -> None:
+            rooms.append(rows)
+            if rows > 3:
+                raise OUT["cpu"]
+            super().__init__(rows, *rest)
+
+    monkeypatch.setattr(sampler, "KeyValueCache", Small)
+    engine = LocalEngine(load_model("tiny"), max_rows=100)
+    assert tokens_of(drawn(engine)) == tokens_of(expected)
+    assert rooms == [12, 6, 3]
+    assert engine.budgets.max_rows == 3
+    assert "max_rows is 3 from here on instead of 6" in caplog.text
+
+
+def test_rows_whose_keys_and_values_would_not_fit_wait_for_others(monkeypatch):
+    engine = LocalEngine(load_model("tiny"))
+    expected, rooms = drawn(engine), []
+
+    class Told(KeyValueCache):
+        def __init__(self, rows: int, *rest) -> None:
+            rooms.append(rows)
+            super().__init__(rows, *rest)
+
+    monkeypatch.setattr(sampler, "KeyValueCache", Told)
+    config = engine.model.config
+    # The longest prompt has three tokens, a completion six; a number has four bytes, and a key is one of two.
+    row = 9 * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    for there, rows in ((5 * row, 5), (6 * row - 1, 5), (row // 2, 1), (100 * row, 12)):
+        engine.budgets.cache_bytes = there
+        assert tokens_of(drawn(engine)) == tokens_of(expected)
+        assert rooms.pop() == rows
+
+
+def test_no_sample_of_a_prompt_is_an_empty_group():
+    assert LocalEngine(load_model("tiny")).sampler().sample([[3], [4]], SamplingParams(max_tokens=2), n=0).result() == [
+        [], [],
+    ]  # fmt: skip

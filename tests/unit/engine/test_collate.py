@@ -59,7 +59,7 @@ def test_units_cover_the_row_once_and_see_what_the_trie_allows(sequences, max_to
     units = packed.units(max_tokens)
     assert [t for unit in units for t in range(unit.start, unit.end)] == list(range(len(packed.tokens)))
     for unit in units:
-        ancestors = unit.ancestors.tolist()
+        ancestors = [u for start, end in unit.ancestors for u in range(start, end)]
         for t in range(unit.start, unit.end):
             seen = {u for u in range(t + 1) if t < packed.subtree_end[u]}
             assert {u for u in seen if u < unit.start} == set(ancestors)
@@ -68,11 +68,18 @@ def test_units_cover_the_row_once_and_see_what_the_trie_allows(sequences, max_to
 
 @examples
 @given(SEQUENCES, st.integers(1, 12))
-def test_a_unit_above_the_limit_is_one_trunk_without_branches(sequences, max_tokens):
-    packed = forest(sequences)
-    for unit in packed.units(max_tokens):
-        if unit.end - unit.start > max_tokens:
-            assert len(set(packed.subtree_end[unit.start : unit.end].tolist())) == 1
+def test_no_unit_is_above_the_limit_and_ranges_that_touch_are_one(sequences, max_tokens):
+    for unit in forest(sequences).units(max_tokens):
+        assert 0 < unit.end - unit.start <= max_tokens
+        ends = [end for _, end in unit.ancestors]
+        assert all(end < start for end, (start, _) in zip(ends, unit.ancestors[1:], strict=False))
+
+
+def test_a_text_without_branches_is_cut_at_the_limit():
+    units = forest([list(range(10))]).units(4)
+    assert [(unit.start, unit.end, unit.ancestors) for unit in units] == [
+        (0, 4, ()), (4, 8, ((0, 4),)), (8, 10, ((0, 8),)),
+    ]  # fmt: skip
 
 
 def test_a_prefix_of_another_sequence_and_a_duplicate_cost_nothing():
@@ -121,6 +128,19 @@ def test_a_group_larger_than_the_budget_repeats_its_prefix():
     rows = [[1] * 10 + [i] * 3 for i in range(2, 6)]
     batch = Batch([Datum(row, [0.0] * 13) for row in rows])
     assert list(micro_batches(batch, 16)) == [[0, 1], [2, 3]]
+
+
+def test_a_group_that_fits_the_budget_is_not_split():
+    rows = [[1] * 4, *([2] * 8 + [i, i] for i in range(3, 7))]
+    batch = Batch([Datum(row, [0.0] * len(row)) for row in rows])
+    assert list(micro_batches(batch, 16)) == [[0], [1, 2, 3, 4]]
+
+
+def test_a_piece_more_is_not_made_for_a_heading_that_all_share():
+    rows = [[1, 1, i // 2, *[10 + i] * 20] for i in range(6)]
+    batch = Batch([Datum(row, [0.0] * len(row)) for row in rows])
+    assert list(micro_batches(batch, 63)) == [[0, 1], [2, 3], [4, 5]]
+    assert list(micro_batches(batch, 64)) == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_budgets_count_tokens_after_merging():

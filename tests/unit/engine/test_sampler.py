@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tercet.engine.kv_cache import Decode, KeyValueCache
 from tercet.engine.local import LocalEngine
 from tercet.engine.sampler import Stops, _Rows
 from tercet.models.load import load_model
+from tercet.models.quiet import quiet
 from tercet.models.tiny import tiny_model
 from tercet.types import AdamParams, Batch, Datum, LoraConfig, SamplingParams
 
@@ -24,9 +25,27 @@ def prompts() -> list[list[int]]:
     return [draw.integers(3, 500, size=length).tolist() for length in LENGTHS]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def qwen(directory, model_type):
+    """A random Qwen in the place of the Llama of that directory."""
+    with quiet(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            model_type, vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+            pad_token_id=None, bos_token_id=None, eos_token_id=2,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # biases and the norms of queries and keys too
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "qwen3"])
 def test_greedy_decoding_takes_the_tokens_that_transformers_takes(architecture, tmp_path):
-    directory = tiny_model(tmp_path, architecture, context=128)
+    directory = tiny_model(tmp_path, "gpt2" if architecture == "gpt2" else "llama", context=128)
+    if architecture.startswith("qwen"):
+        qwen(directory, architecture)
     plain = AutoModelForCausalLM.from_pretrained(directory)
     engine = LocalEngine(load_model(str(directory)), max_rows=5)
     found = engine.sampler().sample(prompts(), SamplingParams(max_tokens=20, temperature=0.0), 2).result()
@@ -113,7 +132,7 @@ def test_decoding_attends_to_a_rows_prompt_and_own_tokens_and_to_nothing_else(da
     left = table.prompt[: len(table)].tolist()
     query = torch.randn(4, len(left), 4, generator=generator)
     newest = torch.randn(2, 2, len(left), 4, generator=generator)
-    layout = Decode(cache, np.array([own[row].shape[2] for row in left]))
+    layout = Decode.of(cache, np.array([own[row].shape[2] for row in left]))
     found = layout.attend(0, query, newest[0], newest[1], 0.5)
     for place, row in enumerate(left):
         k, v = torch.cat([kept[prompt_of[row]], own[row], newest[:, :, place, None]], dim=2)
@@ -126,7 +145,7 @@ def test_prompts_of_like_length_share_a_block():
     cache = KeyValueCache(6, 10, torch.device("cpu"))
     parts = cache.add([100, 20, 30, 160, 400, 22], [[i] for i in range(6)])
     assert parts == [[1, 5, 2], [0, 3], [4]]
-    assert [block.tokens for block in cache.blocks] == [30, 160, 400]
+    assert [block.tokens for block in cache.blocks] == [32, 160, 400]  # whole steps of 8
 
 
 def test_room_for_own_tokens_grows_as_it_is_needed():
@@ -134,11 +153,22 @@ def test_room_for_own_tokens_grows_as_it_is_needed():
     like = torch.zeros(1, 2, 4)
     rooms = []
     for tokens in (1, 32, 33, 65, 70):
-        keys, _ = cache.store(0, like, like, tokens)
+        keys, _ = cache.store(0, like, like, cache.room(tokens))
         keys[:, :, tokens - 1] = tokens
         rooms.append(keys.shape[2])
     assert rooms == [32, 32, 64, 70, 70]
     assert keys[1, 0, [0, 31, 32, 64, 69], 0].tolist() == [1, 32, 33, 65, 70]
+
+
+def test_room_is_given_back_when_the_longest_rows_have_left():
+    cache = KeyValueCache(2, 200, torch.device("cpu"))
+    cache.add([3], [[0, 1]])
+    like = torch.zeros(1, 2, 4)
+    keys, _ = cache.store(0, like, like, cache.room(130))
+    keys[0, :, :40] = 7
+    cache.close([1], [], 40)
+    assert cache.room(41) == cache.keys[0].shape[2] == cache.values[0].shape[2] == 64
+    assert cache.keys[0][0, 0, 39].tolist() == [7] * 4
 
 
 def test_only_rows_that_may_have_ended_are_looked_at():

@@ -163,6 +163,32 @@ def test_a_head_that_was_left_behind_is_found_out(engine, monkeypatch):
     assert engine.logprob_gap < 1e-4
 
 
+@pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e-4), ("bfloat16", 1e-3)])
+def test_weights_that_were_left_behind_are_found_out_though_they_changed_little(dtype, rate, tmp_path, monkeypatch):
+    place = tiny_model(tmp_path / "tiny", heads=2, kv_heads=1)
+    engine = VllmEngine(load_model(str(place), dtype=dtype), max_rows=4)
+    trainer, base = engine.trainer(lora=LoraConfig(rank=4, alpha=8)), engine.sampler()
+    draw = lambda sampler: sampler.sample(PROMPTS, SamplingParams(max_tokens=2)).result()  # noqa: E731
+    draw(trainer.sampler())
+    for gone in range(40):  # small steps, which add up
+        trainer.forward_backward(BATCH, "cross_entropy").result()
+        trainer.optim_step(AdamParams(learning_rate=rate)).result()
+        if gone == 4:  # up to here all arrive
+            known = [(name, weight.clone()) for name, weight in vllm_sampler.named_weights(engine._work)]
+            monkeypatch.setattr(vllm_sampler, "named_weights", lambda _, known=known: known)
+        try:
+            draw(trainer.sampler())
+        except EngineError as error:
+            assert gone > 3 and "it samples from weights before" in str(error)
+            assert engine.logprob_gap < (1e-3 if dtype == "float32" else 0.15)
+            break
+    else:
+        raise AssertionError("nobody noticed")
+    monkeypatch.undo()
+    for sampler in (trainer.sampler(), base, trainer.sampler()):
+        draw(sampler)
+
+
 def test_loading_vllm_leaves_the_processs_threads_and_random_numbers_alone(engine, policy):
     policy.sampler().sample(PROMPTS[:1], SamplingParams(max_tokens=1)).result()
     before = torch.random.get_rng_state()

@@ -5,12 +5,21 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from tercet.engine.local import LocalEngine
 from tercet.engine.sampler import Stops
-from tercet.engine.vllm_sampler import VllmEngine, check, completion_of, named_weights, request_seed, settings_of
+from tercet.engine.vllm_sampler import (
+    VllmEngine,
+    arrived,
+    check,
+    completion_of,
+    named_weights,
+    request_seed,
+    settings_of,
+)
 from tercet.errors import ConfigError, EngineError
 from tercet.models import adapters
 from tercet.models.load import load_model
@@ -139,3 +148,14 @@ def test_a_head_that_has_learned_comes_under_its_own_name(tmp_path, tied):
     same = torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     assert same == tied
     assert not torch.equal(weights["lm_head.weight"], dict(named_weights(loaded.model))["lm_head.weight"])
+
+
+def test_weights_that_did_not_arrive_are_told_from_rounding():
+    before = np.array([-1.0, -2.0, -3.0, -4.0]), np.array([-1.01, -1.99, -3.01, -3.99])  # rounding: 0.01 a token
+    moved = np.array([0.04, -0.04, 0.04, 0.04])
+    assert arrived(before, (before[0] + moved, before[1])) == 0
+    assert arrived(before, (before[0] + moved, before[1] + moved)) == pytest.approx(1)
+    assert arrived(before, (before[0] + moved, before[0] + moved)) == pytest.approx(1 + (1 + 1 + 1 - 1) * 0.01 / 0.16)
+    assert arrived(before, (before[0] + moved / 2, before[1])) is None  # twice the rounding
+    same = before[0], before[0]
+    assert arrived(same, (before[0] + 1e-6, before[0])) is None  # nobody computes so exactly

@@ -65,9 +65,7 @@ def sequences() -> list[list[int]]:
 
 def layout(packed: Forest) -> tree_attention.ForestLayout:
     ends = torch.from_numpy(packed.subtree_end)
-    spans = (
-        tree_attention.span(unit.start, unit.end, torch.from_numpy(unit.ancestors), ends) for unit in packed.units(4)
-    )
+    spans = (tree_attention.span(unit.start, unit.end, unit.ancestors, ends) for unit in packed.units(4))
     return tree_attention.ForestLayout(tuple(spans))
 
 

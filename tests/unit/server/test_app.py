@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tercet.server.store import Run, now
-from tests.unit.server.asking import Client, busy, sample, service_in, tell
+from tests.unit.server.asking import Client, busy, creation, sample, service_in, step, tell
 
 
 async def saved(client: Client, *names: str) -> str:
@@ -104,7 +104,7 @@ def test_checkpoints_are_listed_given_a_time_and_deleted_once(tmp_path: Path):
         assert await listed(f"training_runs/{run}/checkpoints") == ["weights/c", "weights/b", "weights/a"]
         assert await listed("checkpoints?limit=1&offset=1") == ["weights/b"]
         assert (await client.ask("GET", "checkpoints?limit=1"))[1]["cursor"]["total_count"] == 3
-        assert (await client.ask("PUT", f"{paths[2]}/ttl", {"ttl_seconds": -1}))[0] == 204
+        assert (await client.ask("PUT", f"{paths[2]}/ttl", {"ttl_seconds": 0}))[0] == 204
         assert (await client.ask("PUT", f"{paths[1]}/ttl", {"ttl_seconds": 3600}))[0] == 204
         assert await listed("checkpoints") == ["weights/b", "weights/a"]
         found = (await client.ask("GET", f"training_runs/{run}"))[1]["last_checkpoint"]
@@ -136,5 +136,63 @@ def test_runs_and_sessions_are_listed_the_newest_first(tmp_path: Path):
         assert (await client.ask("GET", "sessions?limit=1&offset=1"))[1]["sessions"] == [first]
         capable = (await client.ask("GET", "get_server_capabilities"))[1]["supported_models"]
         assert [each["model_name"] for each in capable] == ["tiny", "other"]
+
+    tell(service_in(tmp_path), story)
+
+
+def test_what_is_out_of_range_is_refused_and_leaves_nothing(tmp_path: Path):
+    async def story(client: Client) -> None:
+        run = await saved(client, "a")
+        for path in ("training_runs", "checkpoints", "sessions"):
+            for asked in ("limit=-1", "offset=-1"):
+                status, told = await client.ask("GET", f"{path}?{asked}")
+                assert status == 422 and "should be greater than or equal to 0" in told["detail"], path
+        asked = {"model_id": run, "seq_id": 2, "path": "b", "ttl_seconds": 10**12}
+        told = await client.do("save_weights", asked)
+        assert told["error"].startswith("ttl_seconds is 1000000000000; it must be from 0 to 315360000")
+        assert [path.name for path in (client.service.store.root / run / "weights").iterdir()] == ["a"]
+        status, told = await client.ask(
+            "PUT", f"training_runs/{run}/checkpoints/weights/a/ttl", {"ttl_seconds": 10**12}
+        )
+        assert status == 400 and "ttl_seconds is 1000000000000" in told["detail"]
+        assert "path" in await client.do("save_weights", {"model_id": run, "seq_id": 3, "path": "b"})
+
+    tell(service_in(tmp_path), story)
+
+
+def test_metadata_come_back_as_texts_whatever_was_sent(tmp_path: Path):
+    given = {"who": "me", "step": 3, "deep": {"tags": ["a"]}, "none": None}
+    texts = {"who": "me", "step": "3", "deep": '{"tags": ["a"]}', "none": "null"}
+
+    async def story(client: Client) -> None:
+        opened = {"sdk_version": "0.38.0", "user_metadata": given}
+        session = str((await client.ask("POST", "create_session", opened))[1]["session_id"])
+        model = (await client.do("create_model", creation(session, user_metadata=given)))["model_id"]
+        asked = {"model_id": model, "seq_id": 1, "path": "a", "user_metadata": given}
+        await client.do("save_weights", asked)
+        [run] = (await client.ask("GET", "training_runs"))[1]["training_runs"]
+        [checkpoint] = (await client.ask("GET", "checkpoints"))[1]["checkpoints"]
+        told = (await client.ask("GET", f"sessions/{session}"))[1]
+        for each in (run, run["last_checkpoint"], checkpoint, told):
+            assert each["user_metadata"] == texts
+
+    tell(service_in(tmp_path), story)
+
+
+def test_a_run_knows_when_it_was_last_asked_for_something(tmp_path: Path):
+    async def story(client: Client) -> None:
+        session = await client.session()
+        run = await client.model(session)
+
+        async def last() -> str:
+            return str((await client.ask("GET", f"training_runs/{run}"))[1]["last_request_time"])
+
+        at_first = await last()
+        await client.do("optim_step", step(run, 1))
+        then = await last()
+        assert then > at_first
+        await client.ask("POST", f"sessions/{session}/finish", {})
+        await client.model(await client.session())  # it comes after the end of the other in the queue
+        assert await last() == then
 
     tell(service_in(tmp_path), story)

@@ -17,9 +17,10 @@ from tercet.server.guard import JSON_BYTES
 from tercet.server.learning import learn
 from tercet.server.messages import INT64, MESSAGES
 from tercet.server.promises import Promise
+from tercet.server.refusals import Busy
 from tercet.server.requests import CreateModel, CreateSession, Lora
 from tercet.server.served import Limits, Served
-from tercet.server.service import Busy, Service
+from tercet.server.service import Service
 from tercet.server.store import Store
 from tercet.server.wire import LearnRequest, read_learn_request
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from tercet.server import service as at_service
 from tercet.server import sessions as at_sessions
+from tercet.server.service import Service
 from tercet.server.sessions import Samplers
 from tests.unit.server.asking import Client, busy, creation, learning, sample, service_in, step, tell
 
@@ -223,6 +225,96 @@ def test_a_state_is_taken_over_in_place_or_not_at_all(tmp_path: Path):
         assert found[1] == pytest.approx(ONE_STEP, abs=1e-5)
         assert (await client.ask("POST", "get_info", {"model_id": model}))[1]["lora_rank"] == 4
         assert (await client.ask("GET", f"training_runs/{model}"))[1]["lora_rank"] == 4
+
+    tell(service_in(tmp_path), story)
+
+
+def test_a_checkpoint_keeps_its_rank_when_its_run_goes_on_from_another(tmp_path: Path):
+    async def story(client: Client) -> None:
+        session = await client.session()
+        model, other = await client.model(session, 0, rank=8), await client.model(session, 1, rank=4)
+        a = (await client.do("save_weights", {"model_id": model, "seq_id": 1, "path": "a"}))["path"]
+        b = (await client.do("save_weights", {"model_id": other, "seq_id": 1, "path": "b"}))["path"]
+        await client.do("load_weights", {"model_id": model, "seq_id": 2, "path": b, "optimizer": True})
+        ranks = [(await client.ask("POST", "weights_info", {"tinker_path": path}))[1]["lora_rank"] for path in (a, b)]
+        assert ranks == [8, 4]
+        asked = {"session_id": session, "model_seq_id": 2, "path": a}
+        again = (await client.do("load_weights", asked))["model_id"]
+        assert (await client.ask("POST", "get_info", {"model_id": again}))[1]["lora_rank"] == 8
+
+    tell(service_in(tmp_path), story)
+
+
+def test_a_checkpoint_fits_its_model_however_the_directory_is_spelled(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths: list[str] = []
+
+    def serving(name: str) -> Service:
+        service, directory = service_in(tmp_path), (tmp_path / name).resolve()
+        directory.mkdir(exist_ok=True)
+        service.served = replace(service.served, name=name, tokenizer=directory)
+        return service
+
+    async def save(client: Client) -> None:
+        model = await client.model(await client.session())
+        paths.append((await client.do("save_weights", {"model_id": model, "seq_id": 1, "path": "a"}))["path"])
+
+    async def load(client: Client) -> None:
+        asked = {"session_id": await client.session(), "model_seq_id": 0, "path": paths[0]}
+        told = await client.do("load_weights", asked)
+        paths.append(told.get("path", told.get("error")))
+
+    for name, story in (("model", save), (str(tmp_path / "model"), load), ("./model", load), ("other", load)):
+        tell(serving(name), story)
+    assert paths[1:3] == [paths[0]] * 2
+    assert paths[3].endswith(f"trained on {tmp_path / 'model'}, and this server serves {tmp_path / 'other'}")
+
+
+def test_a_sampler_of_a_checkpoint_never_draws_from_what_replaced_it(tmp_path: Path):
+    async def story(client: Client) -> None:
+        session = await client.session()
+        model = await client.model(session)
+
+        async def save(seq_id: int, name: str) -> str:
+            asked = {"model_id": model, "seq_id": seq_id, "path": name, "overwrite": True}
+            return str((await client.do("save_weights", asked))["path"])
+
+        async def sampler(number: int, path: str) -> str:
+            asked = {"session_id": session, "sampling_session_seq_id": number, "model_path": path}
+            return str((await client.ask("POST", "create_sampling_session", asked))[1]["sampling_session_id"])
+
+        x, y, z = [await save(seq_id, name) for seq_id, name in ((1, "x"), (2, "y"), (3, "z"))]
+        late, early, without = [await sampler(number, path) for number, path in enumerate((x, y, z))]
+        assert (await client.logprobs(early, 0, [0, 1]))[1] == pytest.approx(EVEN)
+        await client.do("forward_backward", learning(model, 4, [0, 1]))
+        await client.do("optim_step", step(model, 5))
+        await save(6, "x")
+        await save(7, "y")
+        client.service.store.delete(client.service.store.checkpoint(z))
+        told = await client.do("asample", sample(late, 0, [0]))
+        assert told["error"].startswith(f"{x} was saved anew after the sampler {late} of it was made")
+        assert (await client.logprobs(early, 1, [0, 1]))[1] == pytest.approx(EVEN)
+        assert f"there is no checkpoint {z}" in (await client.do("asample", sample(without, 0, [0])))["error"]
+        new = await sampler(3, x)
+        assert (await client.logprobs(new, 0, [0, 1]))[1] == pytest.approx(ONE_STEP, abs=1e-5)
+
+    tell(service_in(tmp_path), story)
+
+
+def test_a_cancelled_sample_is_not_drawn_and_one_that_is_there_stays(tmp_path: Path):
+    async def story(client: Client) -> None:
+        sampler = await client.base_sampler(await client.session())
+        with busy(client.service):
+            first, second = [await client.promised("asample", sample(sampler, number, [0])) for number in (0, 1)]
+            assert await client.ask("POST", "cancel_future", {"request_id": first}) == (204, b"")
+            assert client.service.schedule.waiting_samples == 1
+            assert (await client.retrieve(first))[0] == 410
+        drawn = await client.retrieve(second)
+        assert isinstance(drawn[1], bytes)
+        for each in (second, "nobody"):
+            assert (await client.ask("POST", "cancel_future", {"request_id": each}))[0] == 204
+        assert await client.retrieve(second) == drawn
+        assert isinstance(await client.do("asample", sample(sampler, 0, [0])), bytes)
 
     tell(service_in(tmp_path), story)
 

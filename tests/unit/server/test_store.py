@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_a_checkpoint_is_found_by_its_name_by_whoever_opens_the_folder(store):
     assert (found.directory / "file").read_text() == "1"
     assert found.as_json() | {"time": ""} == {
         "checkpoint_id": "weights/a", "checkpoint_type": "training", "time": "", "tinker_path": saved.path,
-        "size_bytes": 1, "public": False, "user_metadata": {"step": 3}, "expires_at": None,
+        "size_bytes": 1, "public": False, "user_metadata": {"step": "3"}, "expires_at": None,
     }  # fmt: skip
     assert found.run.user_metadata == {"who": "me"}
 
@@ -85,7 +86,7 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_half_of_the_new(store):
 def test_what_has_expired_is_not_served_and_is_removed(store):
     lasting = save(store, "lasting", ttl_seconds=3600)
     brief = save(store, "brief")
-    store.expire_in(brief, -1)
+    store.expire_in(brief, 0)
     assert [each.name for each in store.checkpoints(RUN)] == ["lasting"]
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         store.checkpoint(brief.path)
@@ -99,7 +100,7 @@ def test_runs_are_listed_the_newest_first(store):
     store.begin(Run("sess-2:train:0", "tiny", "tiny", 4, None, now(), now()))
     assert [run.training_run_id for run in store.runs()] == ["sess-2:train:0", RUN]
     before = store.run(RUN)
-    store.touch(RUN)
+    store.touch(RUN, now())
     assert store.run(RUN).last_request_time > before.last_request_time
 
 
@@ -147,13 +148,36 @@ def test_threads_that_write_read_and_remove_at_once_do_not_fall_over_one_another
     def remove() -> None:
         for each in store.checkpoints():
             with contextlib.suppress(CheckpointError):
-                store.expire_in(each, -1 if each.name == "a" else None)
+                store.expire_in(each, 0 if each.name == "a" else None)
                 if each.name == "b":
                     store.delete(each)
 
     with ThreadPoolExecutor(4) as pool:
-        others = [pool.submit(until_over, work) for work in (store.tidy, remove, store.runs, lambda: store.touch(RUN))]
+        others = [
+            pool.submit(until_over, work) for work in (store.tidy, remove, store.runs, lambda: store.touch(RUN, now()))
+        ]
         for turn in range(40):
             save(store, "ab"[turn % 2], content=f"{turn}", overwrite=True)
         over.set()
         assert [each.result() for each in others] == [None] * 4
+
+
+def test_a_time_out_of_range_is_refused_before_anything_is_written(store):
+    lasting = save(store, "lasting", ttl_seconds=315_360_000)
+    for seconds in (10**12, 315_360_001, -1):
+        with pytest.raises(UsageError, match=f"ttl_seconds is {seconds}; it must be from 0 to 315360000"):
+            save(store, "a", ttl_seconds=seconds)
+        with pytest.raises(UsageError, match=f"ttl_seconds is {seconds}"):
+            store.expire_in(lasting, seconds)
+    assert [path.name for path in lasting.directory.parent.iterdir()] == ["lasting"]
+
+
+def test_a_checkpoint_keeps_the_rank_it_was_saved_with(store):
+    path = save(store, lora_rank=8).path
+    [run] = store.runs()
+    store.begin(replace(run, lora_rank=4))
+    assert store.checkpoint(path).lora_rank == 8
+    # A record of an earlier server says nothing: it is the run's.
+    record = store.checkpoint(path).directory / "checkpoint.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "lora_rank"}))
+    assert store.checkpoint(path).lora_rank == 4
