@@ -60,6 +60,8 @@ def vllm(work: Work) -> Once:
     prompts = [{"prompt_token_ids": prompt} for prompt in work.prompts]
 
     def once() -> Run:
+        # What it keeps of prompts from the run before would spare it computing them at all.
+        model.reset_prefix_cache()
         seconds, outputs = timed(lambda: model.generate(prompts, params, use_tqdm=False))
         return Run(seconds, sum(len(answer.token_ids) for output in outputs for answer in output.outputs))
 

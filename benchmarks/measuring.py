@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -101,7 +102,7 @@ class SideHere:
 
 
 class SideProcess:
-    """One side of a row in a process of its own, ready to run when it is told."""
+    """One side of a row in a process of its own, ready to run when it is told, and stopped while it is not its turn."""
 
     def __init__(self, python: str, row: str, side: str, work: Path, threads: int) -> None:
         self.side = side
@@ -116,18 +117,22 @@ class SideProcess:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self._answer()
+        self.process.send_signal(signal.SIGSTOP)
 
     def run(self) -> dict[str, Any]:
         """One run; what it took."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
         self.runs.append(self._answer())
+        self.process.send_signal(signal.SIGSTOP)
         return self.runs[-1]
 
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait(timeout=60)
 

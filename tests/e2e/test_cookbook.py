@@ -1,4 +1,4 @@
-"""The published RLHF recipe, unmodified, against the server: a short form, where tinker-cookbook is installed.
+"""The published RLHF recipe, unmodified, against the server: short forms, where tinker-cookbook is installed.
 
 `TERCET_COOKBOOK` names an interpreter that has it; `examples/cookbook/run.py --install FOLDER` makes one, as CI does.
 """
@@ -7,38 +7,73 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 RUN = Path(__file__).parents[2] / "examples/cookbook/run.py"
 PYTHON = os.environ.get("TERCET_COOKBOOK") or (sys.executable if importlib.util.find_spec("tinker_cookbook") else None)
+pytestmark = pytest.mark.skipif(
+    PYTHON is None, reason="tinker-cookbook is not installed; TERCET_COOKBOOK may name who has it"
+)
 
 
-@pytest.mark.skipif(PYTHON is None, reason="tinker-cookbook is not installed; TERCET_COOKBOOK may name who has it")
-def test_all_three_stages_of_the_published_recipe_run_unmodified(tmp_path: Path):
-    words = ["max_steps=2", "batch_size=2", "rl_group_size=2", "rl_max_tokens=4", "eval_every=100", "save_every=100"]
-    command = [sys.executable, str(RUN), "--model", "tiny", "--folder", str(tmp_path), "--python", str(PYTHON)]
-    command += ["--serve", "--threads 1", "--test-rows", "2", "--", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+def cookbook(folder: Path, *settings: str, recipe: str | None = None) -> None:
+    """A recipe, on a server of `tiny` that is started for it."""
+    command = [sys.executable, str(RUN), "--model", "tiny", "--folder", str(folder), "--python", str(PYTHON)]
+    command += ["--serve", "--threads 1", "--test-rows", "2"]
+    command += [] if recipe is None else ["--recipe", f"tinker_cookbook.recipes.preference.{recipe}.train"]
+    done = subprocess.run([*command, "--", *settings], capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = {
-        stage: [
-            json.loads(line)
-            for line in (tmp_path / f"runs/rlhf-qwen3_5_9b_base/{stage}/metrics.jsonl").read_text().splitlines()
-        ]
-        for stage in ("sft", "rm", "rl")
-    }
-    assert all(any("train_mean_nll" in row for row in found[stage]) for stage in ("sft", "rm"))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a recipe wrote of a stage."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_all_three_stages_of_the_published_recipe_run_unmodified_and_go_on_with_another_server(tmp_path: Path):
+    words = ["batch_size=2", "rl_group_size=2", "rl_max_tokens=4", "eval_every=100", "save_every=1"]
+    cookbook(tmp_path, "max_steps=1", "run_rl=False", *words)
+    cookbook(tmp_path, "max_steps=2", *words)
+    found = {stage: metrics(tmp_path / f"runs/rlhf-qwen3_5_9b_base/{stage}") for stage in ("sft", "rm", "rl")}
+    for stage in ("sft", "rm"):
+        # The second step was done by the second server, with what the first had learned.
+        assert [row["step"] for row in found[stage] if "train_mean_nll" in row] == [0, 1]
     assert any("env/all/reward/total" in row for row in found["rl"])
     assert any("win_rate" in row for row in found["rl"])
     # The cookbook's own measure of whether sampler and trainer are one model: mean, and half the mean square, of the
     # difference of their log-probs.
-    for row in found["rl"]:
-        if "optim/kl_sample_train_v1" in row:
-            assert abs(row["optim/kl_sample_train_v1"]) < 1e-5
-            assert row["optim/kl_sample_train_v2"] < 1e-9
-    assert any("optim/kl_sample_train_v1" in row for row in found["rl"])
+    compared = [row for row in found["rl"] if "optim/kl_sample_train_v1" in row]
+    assert compared
+    for row in compared:
+        assert abs(row["optim/kl_sample_train_v1"]) < 1e-5
+        assert row["optim/kl_sample_train_v2"] < 1e-9
+
+
+def test_its_dpo_begins_at_the_log_of_two_and_learns(tmp_path: Path):
+    cookbook(
+        tmp_path, "max_steps=4", "batch_size=4", "learning_rate=3e-3", f"log_path={tmp_path / 'dpo'}", recipe="dpo"
+    )
+    losses = [row["dpo_loss"] for row in metrics(tmp_path / "dpo") if "dpo_loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert min(losses[1:]) < losses[0] - 1e-3
+
+
+def test_its_shorter_rewards_whoever_writes_less(tmp_path: Path):
+    # The recipe's own renderer wants a tokenizer with tokens for thinking.
+    words = [
+        "max_steps=1",
+        "batch_size=2",
+        "group_size=2",
+        "max_tokens=4",
+        "eval_every=100",
+        "renderer_name=role_colon",
+    ]
+    cookbook(tmp_path, *words, f"log_path={tmp_path / 'shorter'}", recipe="shorter")
+    assert any("env/all/reward/total" in row for row in metrics(tmp_path / "shorter"))

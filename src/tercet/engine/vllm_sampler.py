@@ -210,7 +210,7 @@ class VllmSampler(BodySampler):
             ]
             out = self.engine.generate(self, requests) if requests else []
             found = [completion_of(each, stops, params.max_tokens) for each in out]
-            return [found[at : at + n] for at in range(0, len(found), n)]
+            return [found[i * n : (i + 1) * n] for i in range(len(prompts))]
 
         return done(work)
 
