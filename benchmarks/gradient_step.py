@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 
+# In float32 transformers' own gradient is 1e-4 of its length off the one in float64, ours 1e-5; a product with a random
+# vector has three times that now and then.
+TOLERANCE = 5e-4
+
+
 def tries(work: Work) -> Once:
     from tercet.types import Batch
 
@@ -127,10 +132,12 @@ ROW = Row(
     "gradient step on groups of 4, against padded rows",
     {"tercet": tries, "padded": padded_rows},
     target=2.7,
+    tolerance=TOLERANCE,
 )
 SORTED = Row(
     "gradient-sorted",
     "the same against rows sorted by length",
     {"tercet": tries, "sorted": sorted_rows},
     target=1.0,
+    tolerance=TOLERANCE,
 )
