@@ -163,6 +163,19 @@ def test_a_head_that_was_left_behind_is_found_out(engine, monkeypatch):
     assert engine.logprob_gap < 1e-4
 
 
+def test_loading_vllm_leaves_the_processs_threads_and_random_numbers_alone(engine, policy):
+    policy.sampler().sample(PROMPTS[:1], SamplingParams(max_tokens=1)).result()
+    before = torch.random.get_rng_state()
+    policy.sampler().sample(PROMPTS, SamplingParams(max_tokens=4, seed=9), 4).result()
+    assert torch.equal(before, torch.random.get_rng_state())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    changed = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert changed == threads + 1
+
+
+# Last in this file: another vLLM of the process, when it ends, takes away what the fixture's needs.
 @pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e-4), ("bfloat16", 1e-3)])
 def test_weights_that_were_left_behind_are_found_out_though_they_changed_little(dtype, rate, tmp_path, monkeypatch):
     place = tiny_model(tmp_path / "tiny", heads=2, kv_heads=1)
@@ -187,15 +200,3 @@ def test_weights_that_were_left_behind_are_found_out_though_they_changed_little(
     monkeypatch.undo()
     for sampler in (trainer.sampler(), base, trainer.sampler()):
         draw(sampler)
-
-
-def test_loading_vllm_leaves_the_processs_threads_and_random_numbers_alone(engine, policy):
-    policy.sampler().sample(PROMPTS[:1], SamplingParams(max_tokens=1)).result()
-    before = torch.random.get_rng_state()
-    policy.sampler().sample(PROMPTS, SamplingParams(max_tokens=4, seed=9), 4).result()
-    assert torch.equal(before, torch.random.get_rng_state())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    changed = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    assert changed == threads + 1
