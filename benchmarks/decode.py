@@ -25,6 +25,8 @@ def generate(work: Work) -> Once:
     from trl_steps import plain_model
 
     model, n, tokens = plain_model(work), work.settings["decode_samples"], work.settings["completion_tokens"]
+    # Nothing ends a text before its last token. (`min_new_tokens` would go over every logit to see to it.)
+    model.generation_config.eos_token_id = None
     prompts = sorted(work.prompts, key=len)
 
     def sample(rows: int, tokens: int) -> int:
@@ -36,7 +38,7 @@ def generate(work: Work) -> Once:
             attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
             out = model.generate(
                 input_ids=ids, attention_mask=attention, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                num_return_sequences=n, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0,
+                num_return_sequences=n, max_new_tokens=tokens, pad_token_id=0,
             )  # fmt: skip
             drawn += out.shape[0] * (out.shape[1] - width)
         return drawn

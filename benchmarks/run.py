@@ -111,7 +111,8 @@ def measure(row: Row, start: Sequence[Callable[[], SideHere | SideProcess]], rep
     apart = disagreement([side["same"] for side in found.values()]) if others else {}
     return {
         "what": row.what, "of": row.of, "target": row.target, "value": value, "reached": reached, "sides": found,
-        "apart": apart, "differ": {name: by for name, by in apart.items() if by > row.tolerance},
+        "apart": apart,
+        "differ": {name: by for name, by in apart.items() if by > row.tolerances.get(name, row.tolerance)},
     }  # fmt: skip
 
 

@@ -90,3 +90,16 @@ def test_its_dpo_begins_at_the_log_of_two_and_learns(tmp_path: Path):
     losses = [row["dpo_loss"] for row in metrics(tmp_path / "dpo") if "dpo_loss" in row]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
     assert min(losses[1:]) < losses[0] - 1e-3
+
+
+def test_its_recipe_for_shorter_answers_judges_them_in_tournaments_and_learns_from_what_it_sampled(tmp_path: Path):
+    # Its evaluation answers a thousand prompts, so it is off; its own renderer wants a tokenizer with thinking tokens.
+    words = ["renderer_name=role_colon", "batch_size=2", "group_size=4", "max_tokens=16", "max_steps=2", "eval_every=0"]
+    cookbook(tmp_path, *words, f"log_path={tmp_path / 'shorter'}", recipe="shorter")
+    found = [row for row in metrics(tmp_path / "shorter") if "env/all/reward/total" in row]
+    assert len(found) == 2
+    for row in found:
+        # One answer's win is another's loss; what is left of the reward is for the form.
+        assert abs(row["env/all/win_minus_loss"]) < 1e-9
+        assert -1 <= row["env/all/reward/total"] <= 0
+        assert abs(row["optim/kl_sample_train_v1"]) < 1e-5

@@ -23,7 +23,7 @@ from tercet.engine.budgets import Budgets
 from tercet.engine.divergence import divergences
 from tercet.engine.likeliest import top_logprobs
 from tercet.engine.outputs import Body
-from tercet.engine.sampler import generate
+from tercet.engine.sampler import generate, rows_at_once
 from tercet.errors import CheckpointError, EngineError, TrainingError
 from tercet.types import (
     AdamParams,
@@ -82,10 +82,13 @@ class BodySampler:
         def draw(rows: int) -> list[list[Completion]]:
             return generate(
                 self.body(), prompts, params, n, eos=eos, decode=decode, max_rows=rows,
-                cache_bytes=self.budgets.cache_bytes, seeds=seeds,
+                cache_tokens=self.budgets.cache_tokens, seeds=seeds,
             )  # fmt: skip
 
-        return done(lambda: self.budgets.within("max_rows", draw, lambda rows: min(rows, len(prompts) * n)))
+        def rows_of(most: int) -> int:
+            return rows_at_once(prompts, params, n, most, self.budgets.cache_tokens)
+
+        return done(lambda: self.budgets.within("max_rows", draw, rows_of))
 
     def logprobs(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, temperature: float = 1.0

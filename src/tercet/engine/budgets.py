@@ -27,8 +27,8 @@ class Budgets:
     """The same without gradient."""
     max_rows: int = MAX_ROWS
     """Completions decoded side by side."""
-    cache_bytes: int | None = None
-    """Fewer, where their keys and values might take more than this."""
+    cache_tokens: int | None = None
+    """Fewer, where the keys and values of more tokens than this might be kept."""
 
     def within(
         self,

@@ -123,15 +123,24 @@ def micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
 
     Rows are taken in the order of their tokens, so that neighbours share as much prefix as can be, and cut where fewest
     tokens are computed twice: a group that fits into a piece is not split. A pair or a single sequence above the budget
-    is a piece of its own.
+    is a piece of its own, with what merges into it whole.
     """
     bundles = _bundles(batch)
     rows = [np.asarray(datum.tokens, dtype=np.int64) for datum in batch.data]
-    order = sorted(bundles, key=lambda i: rows[i].tolist())
-    members = [[rows[i] for i in bundles[first]] for first in order]
-    empty = np.empty(0, dtype=np.int64)
-    alone = [_added_tokens(empty, each) for each in members]
-    added = [_added_tokens(before[-1], each) for before, each in itertools.pairwise([[empty], *members])]
+    last = np.empty(0, dtype=np.int64)
+    order: list[list[int]] = []
+    alone: list[int] = []
+    added: list[int] = []
+    for first in sorted(bundles, key=lambda i: rows[i].tolist()):
+        members = [rows[i] for i in bundles[first]]
+        more = _added_tokens(last, members)
+        if more or not order:
+            order.append(bundles[first])
+            alone.append(_added_tokens(np.empty(0, dtype=np.int64), members))
+            added.append(more)
+        else:  # the same text again, which a piece computes once
+            order[-1] = order[-1] + bundles[first]
+        last = members[-1]
     # The cheapest way to lay out the first so many bundles, and where its last piece begins.
     cheapest, begins = [0], [0]
     for end in range(1, len(order) + 1):
@@ -149,7 +158,7 @@ def micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:
     while cuts[-1]:
         cuts.append(begins[cuts[-1]])
     for start, end in itertools.pairwise(reversed(cuts)):
-        yield [i for first in order[start:end] for i in bundles[first]]
+        yield [i for members in order[start:end] for i in members]
 
 
 def padded_micro_batches(batch: Batch, max_tokens: int) -> Iterator[list[int]]:

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tercet.engine.outputs import Body
-from tercet.models.logprobs import CHUNK_TOKENS
+from tercet.models.logprobs import logits_of
+from tercet.models.memory import CHUNK_TOKENS
 from tercet.types import Batch, Datum
 
 
@@ -34,6 +35,8 @@ def divergences(
         temperature: Of both distributions; 0 is read as 1.
         max_tokens: Token budget of one pass.
     """
+    if not sequences:
+        return []
     with torch.no_grad():
         first, head = _hidden(ours(), sequences, starts, max_tokens)
         second, other_head = _hidden(theirs(), sequences, starts, max_tokens)
@@ -42,8 +45,8 @@ def divergences(
         for p, q in zip(
             torch.split(torch.cat(first), CHUNK_TOKENS), torch.split(torch.cat(second), CHUNK_TOKENS), strict=True
         ):
-            log_p = torch.log_softmax(head(p).float() / divisor, -1)
-            log_q = torch.log_softmax(other_head(q).float() / divisor, -1)
+            log_p = torch.log_softmax(head(p) / divisor, -1)
+            log_q = torch.log_softmax(other_head(q) / divisor, -1)
             # A token that never comes costs nothing, even where the other model excludes it too.
             terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
             flat += terms.sum(-1).tolist()
@@ -53,12 +56,12 @@ def divergences(
 
 def _hidden(
     body: Body, sequences: Sequence[Sequence[int]], starts: Sequence[int], max_tokens: int
-) -> tuple[list[Tensor], nn.Module]:
-    """For each sequence the hidden states that its tokens are predicted from, and the head that reads them."""
+) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """For each sequence the hidden states that its tokens are predicted from, and what makes logits of them."""
     found: dict[int, Tensor] = {}
     for places in body.micro_batches(Batch([Datum(tokens, [0.0] * len(tokens)) for tokens in sequences]), max_tokens):
         hidden, paths = body.states([sequences[i] for i in places])
         for i, path in zip(places, paths, strict=True):
             found[i] = hidden[torch.from_numpy(path[starts[i] - 1 : -1]).to(body.device)]
     # Copied, as the next model may be put into the same memory.
-    return [found[i] for i in range(len(sequences))], copy.deepcopy(body.head)
+    return [found[i] for i in range(len(sequences))], logits_of(copy.deepcopy(body.head), body.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,23 +31,35 @@ Recorder = Callable[[Work], tuple[Callable[[], object], Tensor]]
 
 def recorder(device: torch.device) -> Recorder | None:
     """What records graphs on a device; None where there are none, or where one has failed."""
-    return cuda_graph if device.type == "cuda" and not _FAILED else None
+    return partial(cuda_graph, device) if device.type == "cuda" and not _FAILED else None
 
 
 _FAILED: list[str] = []
 
 
-def cuda_graph(work: Work) -> tuple[Callable[[], object], Tensor]:
-    """Record what work does on the current CUDA device. It runs once before, so that libraries have made ready."""
-    beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        work()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
-    return graph.replay, out
+def given_up() -> bool:
+    """Whether graphs were tried in this process and did not work."""
+    return bool(_FAILED)
+
+
+def cuda_graph(device: torch.device, work: Work) -> tuple[Callable[[], object], Tensor]:
+    """Record what work does on a CUDA device. It runs once before, so that libraries have made ready."""
+    # A stream, a capture and a replay belong to the current device, whatever device tensors are on.
+    with torch.cuda.device(device):
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            work()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = work()
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, out
 
 
 class GraphedStep:
@@ -68,8 +81,7 @@ class GraphedStep:
         )
         self.shape: object = None
         self.steps = 0
-        self.replay: Callable[[], object] | None = None
-        self.out: Tensor | None = None
+        self.recorded: tuple[Callable[[], object], Tensor] | None = None
 
     def __call__(self, tokens: IntArray, positions: IntArray, own: IntArray) -> Tensor:
         """Hidden states (n, D) of the newest tokens of the n rows there are.
@@ -85,36 +97,39 @@ class GraphedStep:
         self.cache.note_slots()
         shape = (room, self.cache.shape)
         if shape != self.shape:
-            self.shape, self.steps, self.replay, self.out = shape, 0, None, None
+            self.shape, self.steps, self.recorded = shape, 0, None
         self.steps += 1
-        if self.replay is None and self.steps > STEPS_BEFORE and self.record_with(room, n):
-            assert self.out is not None
-            return self.out[:n]
-        if self.replay is None or self.out is None:
+        if self.recorded is None and self.steps > STEPS_BEFORE:
+            self.recorded = self.tried(room, n)
+        if self.recorded is None:
             return self.work(room)[:n]
-        self.replay()
-        return self.out[:n]
+        replay, out = self.recorded
+        replay()
+        return out[:n]
 
     def work(self, room: int) -> Tensor:
         """The step, with all shapes as they are recorded."""
         return self.hidden(self.tokens, self.positions, Decode(self.cache, self.own, room))
 
-    def record_with(self, room: int, n: int) -> bool:
-        """Record the step and do it; whether that gave what it gives without. If not, that is said, once a process."""
+    def tried(self, room: int, n: int) -> tuple[Callable[[], object], Tensor] | None:
+        """The step recorded; None where it does not give what it gives without. That is said, once a process."""
         if _FAILED:
-            return False
+            return None
         wanted = self.work(room)[:n]
         try:
-            self.replay, self.out = self.record(lambda: self.work(room))
-            self.replay()
-            apart = float((self.out[:n] - wanted).abs().max() / wanted.abs().max())
+            replay, out = self.record(lambda: self.work(room))
+            # What was there must not be taken for what it gives.
+            out.fill_(float("nan"))
+            replay()
+            apart = float((out[:n] - wanted).abs().max() / wanted.abs().max())
+        except torch.OutOfMemoryError:
+            raise  # fewer rows are tried, with graphs
         except Exception as error:  # the driver and every library under it raise whatever they like
             found = f"cannot be recorded here: {error}"
         else:
             if apart <= TOLERANCE:
-                return True
+                return replay, out
             found = f"gives other numbers here, by {apart:.2g} of the largest"
         _FAILED.append(found)
-        self.replay = self.out = None
         warnings.warn(f"a decode step as a CUDA graph {found}; steps are computed kernel by kernel", stacklevel=2)
-        return False
+        return None

@@ -6,7 +6,8 @@ blocks of prompts of like length, and are read once for all rows that continue t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,8 @@ class PromptBlock:
     values: list[Tensor] = field(default_factory=list)
     samples: int = field(init=False)
     """S, places for rows of each prompt."""
+    number: int = field(init=False, default_factory=itertools.count().__next__)
+    """Of all blocks there ever were: an address is given to another block when one is gone."""
     tokens: int = field(init=False)
     """P, those of the longest prompt and what is missing to a whole step."""
     bias: Tensor | None = field(init=False, default=None)
@@ -45,7 +48,6 @@ class PromptBlock:
             beyond = torch.arange(self.tokens, device=self.lengths.device) >= self.lengths[:, None]
             self.bias = torch.zeros(beyond.shape, device=beyond.device).masked_fill_(beyond, float("-inf"))
             self.bias = self.bias[:, None, None]
-
         self.samples = max(map(len, self.rows))
 
     def compact(self) -> None:
@@ -88,6 +90,14 @@ class Slots:
         sizes = tuple((len(each) * kv_heads, len(each[0])) for each in full)
         return cls(read.to(device), write.to(device), inverse[: nobody * kv_heads].to(device), sizes)
 
+    def by_block(self, each: Tensor) -> tuple[Tensor, ...]:
+        """What slots have (M, ...), apart for each block."""
+        return torch.split(each, [n * samples for n, samples in self.sizes])
+
+    def products(self, each: Tensor) -> list[Tensor]:
+        """What slots have (M, groups, d), for one product a block: (N x kv_heads, S x groups, d)."""
+        return [part.view(n, -1, each.shape[2]) for part, (n, _) in zip(self.by_block(each), self.sizes, strict=True)]
+
     def take_over(self, other: Slots) -> None:
         """Write others of the same sizes into these tensors."""
         for name in ("read", "write", "inverse"):
@@ -124,7 +134,7 @@ class KeyValueCache:
     @property
     def shape(self) -> object:
         """Equal as long as all tensors of a step have the same shapes and addresses, its own tokens' room aside."""
-        return tuple((id(block), len(block.rows), block.samples) for block in self.blocks)
+        return tuple((block.number, len(block.rows), block.samples) for block in self.blocks)
 
     def add(self, lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """Make room for prompts that enter together; which of them lie in each new block, the last `len` blocks."""
@@ -163,9 +173,10 @@ class KeyValueCache:
             source, to = (torch.tensor(side, device=self.device) for side in zip(*moves, strict=True))
             for store in (*self.keys, *self.values):
                 store[to, :, :tokens] = store[source, :, :tokens]
-        if self.keys and 2 * _whole(tokens + 1, OWN_STEP) <= self.keys[0].shape[2]:
+        needed = _whole(tokens + 1, OWN_STEP)
+        if self.keys and 2 * needed <= self.keys[0].shape[2]:
             for kept in (self.keys, self.values):
-                kept[:] = [each[:, :, : _whole(tokens + 1, OWN_STEP)].contiguous() for each in kept]
+                kept[:] = [each[:, :, :needed].contiguous() for each in kept]
         left, now = set(gone), dict(moves)
         for block in self.blocks:
             if any(row in left or row in now for rows in block.rows for row in rows):
@@ -228,7 +239,8 @@ class Decode:
         values[place] = value.transpose(0, 1)
         slots, scores = self.cache.slots(kv_heads), self._scores(kv_heads, groups, query)
         q = query.transpose(0, 1).mul(scale).reshape(rows * kv_heads, groups, d)
-        for block, asked, to in self._by_block(slots, q.index_select(0, slots.read), slots.write):
+        queries = slots.products(q.index_select(0, slots.read))
+        for block, asked, to in zip(self.cache.blocks, queries, slots.by_block(slots.write), strict=True):
             each = torch.bmm(asked, block.keys[layer].flatten(0, 1).transpose(1, 2))
             if block.bias is not None:
                 each.view(*block.keys[layer].shape[:2], -1, block.tokens).add_(block.bias)
@@ -240,19 +252,10 @@ class Decode:
         out = torch.bmm(weights[..., longest:], values[:rows].flatten(0, 1))
         told = out.new_empty(len(slots.read), groups, d)
         shares = weights[..., :longest].index_select(0, slots.read)
-        parts = zip(self._by_block(slots, shares, slots.write), self._by_block(slots, told, slots.write), strict=True)
-        for (block, share, _), (_, into, _) in parts:
+        for block, share, into in zip(self.cache.blocks, slots.products(shares), slots.products(told), strict=True):
             torch.bmm(share[..., : block.tokens], block.values[layer].flatten(0, 1), out=into)
         out += told.index_select(0, slots.inverse[: rows * kv_heads])
         return out.view(rows, heads, d).transpose(0, 1)
-
-    def _by_block(self, slots: Slots, each: Tensor, to: Tensor) -> Iterator[tuple[PromptBlock, Tensor, Tensor]]:
-        """Of every block what its slots have (N x kv_heads, S x groups, …), and what slots they are."""
-        at = 0
-        for block, (n, samples) in zip(self.cache.blocks, slots.sizes, strict=True):
-            here = slice(at, at + n * samples)
-            yield block, each[here].view(n, samples * each.shape[1], -1), to[here]
-            at = here.stop
 
     def _scores(self, kv_heads: int, groups: int, like: Tensor) -> Tensor:
         """(all rows + 1 x kv_heads, groups, longest prompt + own tokens), the same for every layer.

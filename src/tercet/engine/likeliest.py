@@ -8,7 +8,8 @@ import torch
 
 from tercet.engine.outputs import Body
 from tercet.errors import EngineError
-from tercet.models.logprobs import CHUNK_TOKENS
+from tercet.models.logprobs import logits_of
+from tercet.models.memory import CHUNK_TOKENS
 from tercet.types import Batch, Datum, TopLogprobs
 
 
@@ -45,12 +46,13 @@ def top_logprobs(
     found: list[TopLogprobs] = [[] for _ in sequences]
     batch = Batch([Datum(tokens, [0.0] * len(tokens)) for tokens in sequences])
     with torch.inference_mode():
+        logits = logits_of(body.head, body.device)
         for places in body.micro_batches(batch, max_tokens):
             hidden, paths = body.states([sequences[i] for i in places])
             for i, path in zip(places, paths, strict=True):
                 asked = torch.from_numpy(path[begins[i] - 1 : -1]).to(body.device)
                 for part in torch.split(hidden[asked], CHUNK_TOKENS):
-                    top = torch.log_softmax(body.head(part).float() / divisor, -1).topk(min(k, vocabulary))
+                    top = torch.log_softmax(logits(part) / divisor, -1).topk(min(k, vocabulary))
                     found[i] += [
                         list(zip(*pair, strict=True))
                         for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)

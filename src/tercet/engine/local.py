@@ -1,8 +1,9 @@
 """The engine on this machine: torch, on the CPU or one GPU.
 
 One base model is in memory. Trainers put adapters on it through peft. Frozen weights (a sampler's) are kept as small
-adapter tensors and merged, when they are used, into one work copy whose unadapted parts are the base's own tensors; so
-a policy, its reference and a judge together cost one base, one work copy and a few megabytes each.
+adapter tensors and merged when they are used: while they are laid out for the CPU (`tercet.models.frozen_llama`), or
+where that is not done into one work copy whose unadapted parts are the base's own tensors. So a policy, its reference
+and a judge together cost one base, one such copy and a few megabytes each.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from tercet.engine.bodies import (
 from tercet.engine.budgets import Budgets
 from tercet.engine.outputs import Body
 from tercet.engine.sampler import MAX_ROWS
-from tercet.errors import CheckpointError, EngineError
+from tercet.errors import CheckpointError, EngineError, ModelError
 from tercet.machine import memory_bytes
 from tercet.models import adapters
 from tercet.models.cpu import keep_freed_memory
+from tercet.models.frozen_llama import NONE, Updates, takes
 from tercet.models.load import LoadedModel
 from tercet.models.lora_linear import fuse
+from tercet.models.memory import BYTES, estimate, shape
 from tercet.models.padded import OwnHead
 from tercet.models.quiet import quiet
 from tercet.types import Head, LoraConfig, Weights
@@ -66,11 +69,18 @@ def with_head(tensors: Mapping[str, Tensor], head: Tensor | None) -> dict[str, T
     return {**tensors, **({} if head is None else {adapters.HEAD_KEY: head})}
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory where a model is."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return memory_bytes()
+def cache_tokens(loaded: LoadedModel) -> int | None:
+    """Of how many tokens keys and values fit into a quarter of the memory where the model is; None of a kind of model
+    whose sizes are not known."""
+    device, dtype = loaded.model.device, str(loaded.model.dtype).removeprefix("torch.")
+    on_cpu = device.type == "cpu"
+    whole = memory_bytes() if on_cpu else int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        sizes = shape(loaded.model.config.to_dict())
+    except ModelError:
+        return None
+    one = estimate(sizes, sampled_rows=1, row_tokens=1, dtype=dtype if dtype in BYTES else "float32", on_cpu=on_cpu)
+    return whole // CACHE_SHARE // one.kv_cache
 
 
 class LocalEngine:
@@ -94,7 +104,7 @@ class LocalEngine:
             micro_batch_tokens=micro_batch_tokens,
             score_tokens=score_tokens,
             max_rows=max_rows,
-            cache_bytes=device_memory(loaded.model.device) // CACHE_SHARE,
+            cache_tokens=cache_tokens(loaded),
         )
         self.language = Language(frozenset(loaded.eos_token_ids), lambda tokens: str(loaded.tokenizer.decode(tokens)))
         self.model = loaded.model
@@ -105,6 +115,7 @@ class LocalEngine:
         shared = {id(parameter): parameter for parameter in self._base.values()}
         self._work: PreTrainedModel = copy.deepcopy(self.model, memo=dict(shared))
         self._work_holds: Frozen | None = None
+        self._updates: Updates = NONE
         self._buffers: dict[str, nn.Parameter] = {}
 
     @property
@@ -178,20 +189,20 @@ class LocalEngine:
             raise EngineError(f"{name} have no head to score with: they are a policy's, not a reward model's")
         return BodyScorer(lambda: self.work_body(frozen), frozen.all_tensors(), self.budgets)
 
-    def body(self, model: PreTrainedModel, value_head: nn.Linear | None = None) -> Body:
+    def body(self, model: PreTrainedModel, value_head: nn.Linear | None = None, updates: Updates = NONE) -> Body:
         """The parts of a model of the base's architecture."""
         trunk: nn.Module = getattr(model, self.model.base_model_prefix)
         untyped: Any = model
         head = untyped.get_output_embeddings() if self.loaded.plain_head else OwnHead(model)
         whole = None if self.loaded.why_no_tree is None else model
-        return Body(trunk, head, self._device(), self.context_tokens, value_head, whole)
+        return Body(trunk, head, self._device(), self.context_tokens, value_head, whole, updates)
 
     def work_body(self, frozen: Frozen) -> Body:
         """The work copy, holding the given weights."""
         if self._work_holds is not frozen:
             self._fill(frozen)
             self._work_holds = frozen
-        return self.body(self._work, None if frozen.head is None else head_of(frozen.head))
+        return self.body(self._work, None if frozen.head is None else head_of(frozen.head), self._updates)
 
     def detached_copy(self, tensors: Mapping[str, Tensor] | None) -> PreTrainedModel:
         """A trainable model of its own, float32 whatever the base is: the base's weights or the given ones."""
@@ -212,21 +223,40 @@ class LocalEngine:
 
     def _fill(self, frozen: Frozen) -> None:
         """Point the work copy's parameters at the base's, at merged buffers, or at a whole model's tensors."""
-        values: dict[str, nn.Parameter] = dict(self._base)
+        self._work_holds, self._updates = None, NONE
         if frozen.tensors is not None and frozen.lora is None:
-            values = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in frozen.tensors.items()}
-        elif frozen.tensors is not None and frozen.lora is not None:
-            for layer, (up, down, scale) in adapters.weight_updates(frozen.lora, dict(frozen.tensors)).items():
-                name = f"{layer}.weight"
-                base = self._base[name]
-                if name not in self._buffers:
-                    self._buffers[name] = nn.Parameter(torch.empty_like(base), requires_grad=False)
-                with torch.no_grad():
-                    self._buffers[name].copy_(adapters.merged(self._work.get_submodule(layer), base, up, down, scale))
-                values[name] = self._buffers[name]
+            self._point({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in frozen.tensors.items()})
+            return
+        self._point(self._base)
+        if frozen.tensors is not None and frozen.lora is not None:
+            found = adapters.weight_updates(frozen.lora, dict(frozen.tensors))
+            by_layer = {self._work.get_submodule(name): update for name, update in found.items()}
+            if self._merges_late(by_layer):
+                self._updates = by_layer
+            else:
+                self._point(self._merged(found))
+
+    def _point(self, values: Mapping[str, nn.Parameter]) -> None:
+        """Put parameters into the work copy."""
         for name, value in values.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self._work.get_submodule(owner), leaf, value)
+
+    def _merges_late(self, updates: Updates) -> bool:
+        """Whether adapters need not be merged in the work copy."""
+        body = self.body(self._work)
+        return body.whole is None and takes(body.trunk, body.head, updates)
+
+    def _merged(self, updates: Mapping[str, adapters.Update]) -> dict[str, nn.Parameter]:
+        """Weights with their updates, in buffers that the next ones take over."""
+        for layer, update in updates.items():
+            base = self._base[f"{layer}.weight"]
+            if f"{layer}.weight" not in self._buffers:
+                self._buffers[f"{layer}.weight"] = nn.Parameter(torch.empty_like(base), requires_grad=False)
+            with torch.no_grad():
+                whole = adapters.merged(self._work.get_submodule(layer), base, *update)
+                self._buffers[f"{layer}.weight"].copy_(whole)
+        return {f"{layer}.weight": self._buffers[f"{layer}.weight"] for layer in updates}
 
     def _frozen(self, weights: Weights) -> Frozen:
         if adapters.is_adapter(weights.path):

@@ -6,7 +6,7 @@ Every shared prefix is computed once where the model takes a packed forest; othe
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tercet.engine.collate import Forest, IntArray, forest, micro_batches, padded_micro_batches
-from tercet.models.frozen_llama import frozen_llama
+from tercet.errors import EngineError
+from tercet.models.frozen_llama import FrozenLlama, Updates, frozen_llama
 from tercet.models.logprobs import token_logprobs
+from tercet.models.memory import SPAN_TOKENS
 from tercet.models.padded import OwnHead, padded_hidden
 from tercet.models.tree_attention import ForestLayout, Layout, span
 from tercet.types import Batch
-
-# Attention is computed in spans of up to this many tokens: fewer calls than one a branch, little masked-out work.
-SPAN_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Body:
     value_head: nn.Linear | None = None
     whole: PreTrainedModel | None = None
     """The model itself, when it takes no packed forest."""
+    updates: Updates = field(default_factory=dict)
+    """What the weights lack of an adapter; only `fast` adds it."""
 
     def micro_batches(self, batch: Batch, max_tokens: int) -> Iterator[list[int]]:
         """Indices of a batch's data in pieces of at most `max_tokens` tokens as they are computed, pairs together."""
@@ -50,6 +51,10 @@ class Body:
         places = [start + np.arange(len(tokens)) for start, tokens in zip(starts, sequences, strict=True)]
         return hidden.flatten(0, 1), places
 
+    def fast(self) -> FrozenLlama | None:
+        """The form in which the model says most quickly what its weights make of tokens, if it has one."""
+        return frozen_llama(self.trunk, self.head, self.updates)
+
     def hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
         """Last hidden states (T, D) of one packed row (T,)."""
         return self.hidden_of(
@@ -59,9 +64,13 @@ class Body:
     def hidden_of(self, row: Tensor, places: Tensor, layout: Layout) -> Tensor:
         """The same of tensors (T,) on the model's device."""
         if not torch.is_grad_enabled() and not self.head.weight.requires_grad:
-            fast = frozen_llama(self.trunk, self.head)
+            fast = self.fast()
             if fast is not None:
                 return fast.hidden(row, places, layout)
+        if self.updates:
+            raise EngineError(
+                "these weights are an adapter's and are merged where nothing learns; this wants a gradient"
+            )
         out = self.trunk(input_ids=row[None], position_ids=places[None], use_cache=False, layout=layout)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from tercet.engine.collate import IntArray, forest
 from tercet.engine.draw import draw, origins, uniforms
-from tercet.engine.graphed import GraphedStep, recorder
+from tercet.engine.graphed import GraphedStep, given_up, recorder
 from tercet.engine.kv_cache import Decode, KeyValueCache, Prefill
 from tercet.engine.outputs import Body, forest_layout
 from tercet.engine.padded import generate_padded
-from tercet.errors import EngineError, ModelError
-from tercet.models.frozen_llama import frozen_llama
-from tercet.models.memory import BYTES, estimate, shape
+from tercet.errors import EngineError
+from tercet.models.logprobs import logits_of
 from tercet.models.tree_attention import Layout
 from tercet.types import Completion, SamplingParams, StopReason
 
@@ -74,7 +73,7 @@ def generate(
     eos: frozenset[int],
     decode: Callable[[list[int]], str],
     max_rows: int = MAX_ROWS,
-    cache_bytes: int | None = None,
+    cache_tokens: int | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """Draw `n` completions of every prompt.
@@ -87,7 +86,7 @@ def generate(
         eos: Tokens that end a text for this model.
         decode: Tokens -> text, for stop strings.
         max_rows: Rows decoded side by side.
-        cache_bytes: Fewer of them, where the keys and values of that many full rows would take more than this.
+        cache_tokens: Fewer of them, where that many full rows would have more tokens than this.
         seeds: One a prompt, which is then drawn as if it were alone; None draws prompt i as number i under
             `params.seed`.
 
@@ -104,9 +103,7 @@ def generate(
     if not prompts or not n:
         return [[] for _ in prompts]
     stops = Stops.of(params, eos, decode)
-    rows = min(max_rows, len(prompts) * n)
-    if cache_bytes is not None:
-        rows = max(1, min(rows, cache_bytes // row_bytes(body, max(map(len, prompts)) + params.max_tokens)))
+    rows = rows_at_once(prompts, params, n, max_rows, cache_tokens)
     roots = origins(params, seeds, len(prompts))
     if body.whole is not None:
         return generate_padded(body.whole, prompts, params, n, origins=roots, ends=stops.reason, max_rows=rows)
@@ -126,19 +123,14 @@ def generate(
     return [[one for one in group if one is not None] for group in done]
 
 
-def row_bytes(body: Body, tokens: int) -> int:
-    """What keys and values of a prompt and its completion take, of so many tokens in all; 1 of a model of an unknown
-    kind."""
-    trunk = body.trunk if body.whole is None else body.whole
-    try:
-        model = shape(trunk.config.to_dict())  # type: ignore[union-attr, operator]
-    except ModelError:
-        return 1
-    dtype = str(body.head.weight.dtype).removeprefix("torch.")
-    on_cpu = body.device.type == "cpu"
-    return estimate(
-        model, sampled_rows=1, row_tokens=tokens, dtype=dtype if dtype in BYTES else "float32", on_cpu=on_cpu
-    ).kv_cache
+def rows_at_once(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, most: int, cache_tokens: int | None
+) -> int:
+    """How many rows are decoded side by side; see `generate`."""
+    rows = min(most, len(prompts) * n)
+    if cache_tokens is None or not prompts:
+        return rows
+    return max(1, min(rows, cache_tokens // (max(map(len, prompts)) + params.max_tokens)))
 
 
 class _Rows:
@@ -194,7 +186,8 @@ class _Loop:
         origins: Sequence[tuple[int, int]],
     ) -> None:
         self.body, self.prompts, self.params, self.stops, self.origins = body, prompts, params, stops, origins
-        self.fast = frozen_llama(body.trunk, body.head)
+        self.fast = body.fast()
+        self.logits = logits_of(body.head, body.device) if self.fast is None else self.fast.logits
         self.rows = _Rows(rows, params.max_tokens)
         self.cache = KeyValueCache(rows, params.max_tokens, body.device)
         record = recorder(body.device)
@@ -234,7 +227,7 @@ class _Loop:
         n = len(self.rows)
         own = self.rows.count[:n] - 1
         positions = self.rows.prompt_tokens[:n] + own
-        if self.graphed is None:
+        if self.graphed is None or given_up():
             hidden = self._hidden(self.rows.newest, positions, Decode.of(self.cache, own))
         else:
             hidden = self.graphed(self.rows.newest, positions, own)
@@ -263,12 +256,11 @@ class _Loop:
 
     def _draw(self, which: slice, hidden: Tensor, last: Tensor | None = None) -> None:
         """Draw the next token of some rows from hidden states, of which `last` says which is each row's."""
-        head = self.body.head if self.fast is None else self.fast.logits
         if last is not None:
             # Samples of one prompt have the same logits.
             places, last = torch.unique(last, return_inverse=True)
             hidden = hidden[places]
-        logits = head(hidden)
+        logits = self.logits(hidden)
         rows, count = np.arange(which.start, which.stop), self.rows.count[which]
         uniform = torch.from_numpy(self.rows.uniform[rows, count]).to(logits.device)
         tokens, logprobs = draw(logits if last is None else logits[last], self.params, uniform)

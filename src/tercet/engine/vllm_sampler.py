@@ -26,6 +26,7 @@ from tercet.engine.draw import origins
 from tercet.engine.local import Frozen, LocalEngine
 from tercet.engine.sampler import Stops
 from tercet.errors import ConfigError, EngineError
+from tercet.models.frozen_llama import Updates
 from tercet.types import Completion, SamplingParams
 
 ENVIRONMENT = {
@@ -85,6 +86,10 @@ class VllmEngine(LocalEngine):
         room = os.environ.get("VLLM_CPU_KVCACHE_SPACE", ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"])
         weights = sum(weight.numel() * weight.element_size() for weight in self._work.parameters())
         return weights + int(float(room) * 2**30)
+
+    def _merges_late(self, updates: Updates) -> bool:
+        """Not: vLLM takes over whole weights."""
+        return False
 
     def generate(self, sampler: VllmSampler, requests: Sequence[tuple[Sequence[int], Mapping[str, Any]]]) -> list[Any]:
         """vLLM's output for each prompt with its settings, under the weights of a sampler.

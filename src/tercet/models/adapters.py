@@ -149,7 +149,11 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG_FILE).is_file() and (directory / WEIGHTS_FILE).is_file()
 
 
-def weight_updates(config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
+Update = tuple[Tensor, Tensor, float]
+"""B, A and a scale: the weight grows by scale x B A."""
+
+
+def weight_updates(config: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, Update]:
     """For each adapted layer of the base, by its name there, (B, A, scale): its weight grows by scale x B A."""
     prefix, down = "base_model.model.", ".lora_A.weight"
     return {

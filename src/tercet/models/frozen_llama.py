@@ -3,12 +3,14 @@
 The same numbers as transformers' modules, to rounding, in less time: queries, keys and values come out of one product;
 activations and residuals are added while a product is written; rotation is one complex product in place; and every
 weight lies in the blocks in which oneDNN multiplies, so that nothing is rearranged while decoding. That copy costs the
-memory of the weights once more. It is made anew, layer by layer, when the model's parameters have changed.
+memory of the weights once more. It is made anew, layer by layer, when the model's parameters have changed. Adapters are
+merged while it is made: merged weights are kept in no other place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tercet.models.adapters import Update, merged
 from tercet.models.cpu import has_onednn, multiplies_bfloat16
 from tercet.models.tree_attention import Layout
 
@@ -28,16 +31,19 @@ ROWS = 128
 
 # `model.to(dtype)` puts other numbers under the same parameter without counting up its version.
 Source = tuple["ReferenceType[Tensor]", int, torch.dtype]
+Updates = Mapping[nn.Module, Update]
+"""What is added to the weights of some linear layers."""
+NONE: Updates = MappingProxyType({})
 
 
-def frozen_llama(trunk: nn.Module, head: nn.Module) -> FrozenLlama | None:
+def frozen_llama(trunk: nn.Module, head: nn.Module, updates: Updates = NONE) -> FrozenLlama | None:
     """The fast form of a model with its weights as they are now, kept from call to call; None when it has none."""
     if not is_known(trunk, head):
         _KEPT.pop(trunk, None)
         return None
     if trunk not in _KEPT:
         _KEPT[trunk] = FrozenLlama(trunk)
-    _KEPT[trunk].refresh(trunk, head)
+    _KEPT[trunk].refresh(trunk, head, updates)
     return _KEPT[trunk]
 
 
@@ -66,6 +72,11 @@ def is_known(trunk: Any, head: Any) -> bool:
     return kinds == {(torch.float32, "cpu")} or (kinds == {(torch.bfloat16, "cpu")} and multiplies_bfloat16())
 
 
+def takes(trunk: Any, head: Any, updates: Updates) -> bool:
+    """Whether a model is of that kind and its fast form can take these updates."""
+    return is_known(trunk, head) and set(updates) <= {part for layer in trunk.layers for part in _linears(layer)}
+
+
 class FrozenLlama:
     """A model's weights in oneDNN's blocks; see `frozen_llama`."""
 
@@ -75,13 +86,13 @@ class FrozenLlama:
         self.norm, self.head = _Norm(), _Linear()
         self.layers = [_Layer(layer) for layer in trunk.layers]
 
-    def refresh(self, trunk: Any, head: Any) -> None:
-        """Take over the parameters that are not the ones already laid out."""
+    def refresh(self, trunk: Any, head: Any, updates: Updates = NONE) -> None:
+        """Take over the parameters and updates that are not the ones already laid out."""
         self.embedding = trunk.embed_tokens.weight
         self.norm.refresh(trunk.norm)
         self.head.refresh([head], dtype=torch.float32)
         for layer, source in zip(self.layers, trunk.layers, strict=True):
-            layer.refresh(source)
+            layer.refresh(source, updates)
 
     def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Last hidden states (T, D) of one packed row (T,)."""
@@ -105,12 +116,23 @@ class _Linear:
         self.sources: list[Source] = []
         self.weight, self.bias = torch.empty(0), cast(Tensor | None, None)
 
-    def refresh(self, parts: Sequence[Any], order: Tensor | None = None, *, dtype: torch.dtype | None = None) -> None:
+    def refresh(
+        self,
+        parts: Sequence[Any],
+        updates: Updates = NONE,
+        order: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Lay the weights out, rows in the given order, unless they are those already laid out."""
-        tensors = [p for part in parts for p in (part.weight, part.bias) if p is not None]
+        tensors = [p for part in parts for p in (part.weight, part.bias, *updates.get(part, ())[:2]) if p is not None]
         if _same(self.sources, tensors):
             return
-        weight = torch.cat([part.weight.detach() for part in parts]) if len(parts) > 1 else parts[0].weight.detach()
+        weights = [
+            merged(part, part.weight.detach(), *updates[part]) if part in updates else part.weight.detach()
+            for part in parts
+        ]
+        weight = torch.cat(weights) if len(parts) > 1 else weights[0]
         bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
         if order is not None:
             weight, bias = weight[order], bias if bias is None else bias[order]
@@ -164,14 +186,14 @@ class _Layer:
         self.head_norm: Tensor | None = None
         self.head_eps = 0.0
 
-    def refresh(self, layer: Any) -> None:
+    def refresh(self, layer: Any, updates: Updates) -> None:
         """See `FrozenLlama.refresh`."""
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv.refresh([attention.q_proj, attention.k_proj, attention.v_proj], self.order)
-        self.out.refresh([attention.o_proj])
-        self.gate.refresh([mlp.gate_proj])
-        self.up.refresh([mlp.up_proj])
-        self.down.refresh([mlp.down_proj])
+        self.qkv.refresh([attention.q_proj, attention.k_proj, attention.v_proj], updates, self.order)
+        self.out.refresh([attention.o_proj], updates)
+        self.gate.refresh([mlp.gate_proj], updates)
+        self.up.refresh([mlp.up_proj], updates)
+        self.down.refresh([mlp.down_proj], updates)
         self.before_attention.refresh(layer.input_layernorm)
         self.before_mlp.refresh(layer.post_attention_layernorm)
         if hasattr(attention, "q_norm"):

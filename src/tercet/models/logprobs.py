@@ -12,10 +12,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tercet.models.cpu import linear
+from tercet.models.memory import CHUNK_TOKENS
 from tercet.models.padded import OwnHead
 
-# 256 rows of a 50,000-token vocabulary are 50 MB in float32: enough for full matmul speed, small beside any model.
-CHUNK_TOKENS = 256
 # So many of them pass through the softmax together: their logits stay in a CPU's cache from step to step.
 CACHED_ROWS = 8
 
@@ -44,11 +43,11 @@ def token_logprobs(
     head_learns = any(p.requires_grad for p in head.parameters())
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head_learns):
         with torch.no_grad():
-            logits_of = _logits_of(head, hidden.device)
+            logits = logits_of(head, hidden.device)
             parts = [
                 _distribution(few, of, divisor, None)
                 for h, t in _chunks(hidden, targets)
-                for few, of in _cached(logits_of(h), t)
+                for few, of in _cached(logits(h), t)
             ]
     elif type(head) is nn.Linear and not head_learns:
         out: tuple[Tensor, Tensor] = _FrozenHead.apply(  # type: ignore[no-untyped-call]
@@ -78,7 +77,7 @@ def _precise(logits: Tensor) -> Tensor:
 def _chunk(
     hidden: Tensor, targets: Tensor, head: nn.Linear | OwnHead, divisor: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    logits = _logits_of(head, hidden.device)(hidden) / divisor
+    logits = logits_of(head, hidden.device)(hidden) / divisor
     log_total = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_total
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
@@ -87,7 +86,7 @@ def _chunk(
     return logprobs, entropy
 
 
-def _logits_of(head: nn.Linear | OwnHead, device: torch.device) -> Callable[[Tensor], Tensor]:
+def logits_of(head: nn.Linear | OwnHead, device: torch.device) -> Callable[[Tensor], Tensor]:
     """What makes logits (n, V) of hidden states (n, D), in float32 or finer, that nobody else holds.
 
     A bfloat16 head multiplies in float32 on a CPU: logits near 20 rounded to 8 bits are off by 0.06, which is more than
@@ -146,9 +145,9 @@ class _FrozenHead(torch.autograd.Function):
         nothing = _precise(hidden.new_zeros(0))
         logprobs, entropies = [nothing], [nothing]
         directions, entropy_directions = [hidden.new_zeros(0, hidden.shape[1])], [hidden.new_zeros(0, hidden.shape[1])]
-        logits_of = _logits_of(head, hidden.device)
+        multiply = logits_of(head, hidden.device)
         for h, t in _chunks(hidden, targets):
-            logits = logits_of(h)
+            logits = multiply(h)
             surprise = torch.empty_like(logits) if entropy_gradient else None
             pieces = _cached(logits, t)
             surprises = [None] * len(pieces) if surprise is None else [few for few, _ in _cached(surprise, t)]

@@ -11,10 +11,11 @@ from typing import Any
 from tercet.errors import ModelError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Logits are computed for this many tokens at a time: see tercet.models.logprobs.
-HEAD_TOKENS, HEAD_COPIES = 256, 3
-# On a CPU attention goes back over this many tokens at a time, with weights and two gradients of theirs at hand: see
-# tercet.engine.outputs and tercet.models.tree_attention.
+# Logits are computed for this many tokens at a time: 256 rows of a 50,000-token vocabulary are 50 MB in float32, enough
+# for full matmul speed, small beside any model. See tercet.models.logprobs.
+CHUNK_TOKENS, HEAD_COPIES = 256, 3
+# On a CPU attention is computed in spans of up to this many tokens (fewer calls than one a branch, little masked-out
+# work), going back with weights and two gradients of theirs at hand: see tercet.engine.outputs.
 SPAN_TOKENS, SCORE_COPIES = 128, 3
 LAID_OUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 """`model_type` of what `tercet.models.frozen_llama` keeps once more, laid out for the CPU."""
@@ -63,7 +64,7 @@ class Memory:
     base: int
     """The frozen base model."""
     merged: int
-    """The sampler's copy of the layers that have an adapter, merged."""
+    """The sampler's copy of the layers that have an adapter, merged; 0 where they are merged as they are laid out."""
     laid_out: int
     """The sampler's linear layers and, in float32, its head once more, in the blocks in which a CPU multiplies them."""
     trained: int
@@ -178,15 +179,18 @@ def estimate(
     attended = 4 if on_cpu else size
     one_layer = tokens * _kept_per_token(model, rank, size, attended)
     scores = SCORE_COPIES * model.heads * min(SPAN_TOKENS, tokens) * min(longest_tokens or tokens, tokens) * 4
+    laid_out = model.laid_out and on_cpu
+    # vLLM takes over whole weights.
+    late = laid_out and bool(rank) and not vllm_bytes
     return Memory(
         base=model.parameters * size,
-        merged=(linear if rank else model.parameters) * size if sampled_rows else 0,
-        laid_out=linear * size + model.vocabulary * model.hidden * 4 if model.laid_out and on_cpu else 0,
+        merged=0 if not sampled_rows or late else (linear if rank else model.parameters) * size,
+        laid_out=linear * size + model.vocabulary * model.hidden * 4 if laid_out else 0,
         trained=trained * 4 * 4,
         activations=model.layers * one_layer,
         backward=one_layer + (scores if on_cpu else 0),
         # A bfloat16 head multiplies in float32 on a CPU, from a copy made for each piece.
-        head=HEAD_COPIES * HEAD_TOKENS * model.vocabulary * 4
+        head=HEAD_COPIES * CHUNK_TOKENS * model.vocabulary * 4
         + (model.vocabulary * model.hidden * 4 if on_cpu and dtype == "bfloat16" else 0),
         kv_cache=kv_tokens * model.layers * 2 * model.kv_heads * model.head_size * attended,
         vllm=vllm_bytes,

@@ -83,6 +83,7 @@ def run_reward(
     setup = session.setup
     groups = grouped(rows, k_wise=config.k_wise)
     longest = session.longest(((*r.prompt, *answer) for r in rows for answer in (r.a, r.b)), config.max_length)
+    tied = max((len({answer for row in group for answer in (row.a, row.b)}) for group in groups), default=2)
     with open_run(
         session,
         directory,
@@ -92,7 +93,7 @@ def run_reward(
         steps=config.steps(len(groups)),
         save_every_steps=config.save_every_steps,
         what=f"steps of {config.pairs_per_step} {'prompts' if config.k_wise else 'comparisons'}, of which there are "
-        f"{len(groups):,}; {session.memory(longest_tokens=longest, tied=2)}",
+        f"{len(groups):,}; {session.memory(longest_tokens=longest, tied=tied)}",
     ) as run:
         if not run.is_done:
             head = Head(init_std=config.head_init_std)

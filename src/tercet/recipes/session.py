@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -28,6 +29,9 @@ Say = Callable[[str], None]
 # What may change between two starts of one run: it moves no number that is learned from, but for the last bits, which
 # may hang on the number of threads. Of policy and judge the weights themselves are compared, wherever they lie.
 FREE = frozenset({"log_with", "threads", "out", "policy", "judge_model"})
+
+# Of texts with the most characters so many are looked at for the most tokens.
+COUNTED_TEXTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +133,12 @@ class Session:
         return "base" if weights is None else self.engine.sampler(weights).fingerprint()[:16]
 
     def longest(self, texts: Iterable[Conversation], limit: int) -> int:
-        """About how many tokens the longest of some conversations has, at most `limit`; found by its characters."""
-        written = ([message.content for message in text] for text in texts)
-        longest = max(written, key=lambda text: sum(map(len, text)), default=[])
-        return min(limit, len(self.tokenizer.encode("\n\n".join(longest), add_special_tokens=False)))
+        """About how many tokens the longest of some conversations has, at most `limit`: the most of those few that have
+        the most characters."""
+        written = ("\n\n".join(message.content for message in text) for text in texts)
+        longest = heapq.nlargest(COUNTED_TEXTS, written, key=len)
+        tokens = (len(self.tokenizer.encode(text, add_special_tokens=False)) for text in longest)
+        return min(limit, max(tokens, default=0))
 
     def memory(
         self, *, sampled_rows: int = 0, row_tokens: int = 0, longest_tokens: int | None = None, tied: int = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tercet.engine import sampler
+from tercet.engine import local, sampler
 from tercet.engine.kv_cache import KeyValueCache
 from tercet.engine.local import LocalEngine
 from tercet.errors import EngineError
@@ -161,13 +161,37 @@ def test_rows_whose_keys_and_values_would_not_fit_wait_for_others(monkeypatch):
             super().__init__(rows, *rest)
 
     monkeypatch.setattr(sampler, "KeyValueCache", Told)
-    config = engine.model.config
-    # The longest prompt has three tokens, a completion six; a number has four bytes, and a key is one of two.
-    row = 9 * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
-    for there, rows in ((5 * row, 5), (6 * row - 1, 5), (row // 2, 1), (100 * row, 12)):
-        engine.budgets.cache_bytes = there
+    # The longest prompt has three tokens, a completion six.
+    for there, rows in ((5 * 9, 5), (6 * 9 - 1, 5), (4, 1), (100 * 9, 12)):
+        engine.budgets.cache_tokens = there
         assert tokens_of(drawn(engine)) == tokens_of(expected)
         assert rooms.pop() == rows
+
+
+def test_a_quarter_of_the_memory_may_be_keys_and_values(monkeypatch):
+    monkeypatch.setattr(local, "memory_bytes", lambda: 8_000_000)
+    engine = LocalEngine(load_model("tiny"))
+    config = engine.model.config
+    # A number has four bytes, and a key is one of two.
+    token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    assert engine.budgets.cache_tokens == 2_000_000 // token
+
+
+def test_rows_that_did_not_wait_for_memory_are_halved_when_it_runs_out(monkeypatch):
+    engine, rooms = LocalEngine(load_model("tiny")), []
+    engine.budgets.cache_tokens = 9 * 9
+
+    class Small(KeyValueCache):
+        def __init__(self, rows: int, *rest) -> None:
+            rooms.append(rows)
+            if rows > 4:
+                raise OUT["cpu"]
+            super().__init__(rows, *rest)
+
+    monkeypatch.setattr(sampler, "KeyValueCache", Small)
+    drawn(engine)
+    # 128 allowed, of which nine fit; 64, 32 and 16 would change nothing.
+    assert rooms == [9, 8, 4]
 
 
 def test_no_sample_of_a_prompt_is_an_empty_group():

@@ -8,6 +8,7 @@ import torch
 from tercet.engine import graphed, sampler
 from tercet.engine.kv_cache import KeyValueCache
 from tercet.engine.local import LocalEngine
+from tercet.errors import EngineError
 from tercet.models.load import load_model
 from tercet.types import SamplingParams
 
@@ -81,13 +82,13 @@ def test_recorded_steps_draw_what_others_draw(records, monkeypatch, max_tokens, 
 def test_a_graph_is_recorded_for_every_room_and_serves_until_it_changes(records, monkeypatch):
     monkeypatch.setattr(sampler, "recorder", lambda device: records.record)
     drawn(70)
-    # 69 steps in rooms of 32, 64 and 70 tokens; three steps of each come before the graph, of which the first use is
-    # the one that it is checked by.
+    # 69 steps in rooms of 32, 64 and 70 tokens; three steps of each come before the graph, which is then used once more
+    # than there are steps left, to be checked.
     assert records.recorded == 3
-    assert records.replayed == 69 - 3 * graphed.STEPS_BEFORE
+    assert records.replayed == 69 - 3 * (graphed.STEPS_BEFORE - 1)
 
 
-@pytest.mark.parametrize("fault", ["other numbers", "cannot be recorded"])
+@pytest.mark.parametrize("fault", ["other numbers", "by nan of the largest", "cannot be recorded"])
 def test_a_graph_that_does_not_work_is_named_once_and_not_tried_again(records, monkeypatch, fault):
     tried = []
 
@@ -96,7 +97,9 @@ def test_a_graph_that_does_not_work_is_named_once_and_not_tried_again(records, m
         if fault == "cannot be recorded":
             raise RuntimeError("operation not permitted when stream is capturing")
         out = work().clone()
-        return (lambda: out.mul_(1.5)), out
+        kept = out.clone()
+        # A replay that does nothing is what a capture of another device's work is.
+        return (lambda: None if "nan" in fault else out.copy_(1.5 * kept)), out
 
     expected = drawn(12)
     monkeypatch.setattr(sampler, "recorder", lambda device: bad)
@@ -111,4 +114,24 @@ def test_a_graph_that_does_not_work_is_named_once_and_not_tried_again(records, m
 def test_there_are_graphs_on_cuda_alone(monkeypatch):
     monkeypatch.setattr(graphed, "_FAILED", [])
     assert graphed.recorder(torch.device("cpu")) is None
-    assert graphed.recorder(torch.device("cuda")) is graphed.cuda_graph
+    assert graphed.recorder(torch.device("cuda")) is not None
+
+
+def test_memory_that_runs_out_while_recording_is_no_reason_to_do_without(records, monkeypatch):
+    def full(work):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(sampler, "recorder", lambda device: full)
+    with pytest.raises(EngineError, match="memory ran out"):
+        drawn(12)
+    assert not graphed.given_up()
+
+
+def test_a_block_of_prompts_is_never_taken_for_one_that_is_gone():
+    cache = KeyValueCache(2, 4, torch.device("cpu"))
+    seen = set()
+    for _ in range(50):  # the next block is often given the address of the last
+        cache.add([3], [[0, 1]])
+        assert cache.shape not in seen
+        seen.add(cache.shape)
+        cache.close([0, 1], [], 0)

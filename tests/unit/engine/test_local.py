@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from tercet.engine.base import Engine, Trainer
 from tercet.engine.local import LocalEngine
 from tercet.errors import EngineError, ModelError
+from tercet.models import frozen_llama
 from tercet.models.load import load_model
-from tercet.types import AdamParams, LoraConfig, SamplingParams, Weights
+from tercet.models.tiny import tiny_model
+from tercet.types import AdamParams, Batch, Datum, LoraConfig, SamplingParams, Weights
 
 LORA = LoraConfig(rank=4, alpha=8)
 
@@ -64,15 +66,55 @@ def test_an_adapter_that_cannot_be_taken_over_leaves_nothing_behind(tmp_path):
     assert list(trainer.peft.peft_config) == [trainer.name]
 
 
-def test_samplers_share_the_bases_tensors():
+def learned(engine: LocalEngine, targets: str) -> Trainer:
+    trainer = engine.trainer(lora=LoraConfig(rank=4, targets=(targets,)))
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.add_(0.3)
+    return trainer
+
+
+def test_samplers_share_the_bases_tensors(tmp_path):
+    engine = LocalEngine(load_model(str(tiny_model(tmp_path, "gpt2"))))
+    used, base = learned(engine, "c_attn").sampler().body().trunk, engine.model.transformer
+    assert used is not base
+    assert used.h[0].mlp.c_fc.weight.data_ptr() == base.h[0].mlp.c_fc.weight.data_ptr()
+    assert used.h[0].attn.c_attn.weight.data_ptr() != base.h[0].attn.c_attn.base_layer.weight.data_ptr()
+
+
+def test_where_weights_are_laid_out_for_the_cpu_merged_ones_are_kept_nowhere_else():
     engine = LocalEngine(load_model("tiny"))
-    adapter = engine.trainer(lora=LoraConfig(rank=4, targets=("q_proj",)))
-    adapter.sampler().logprobs([[3, 4]]).result()
-    base, work = engine.model, engine.body(engine.model).trunk
-    used = adapter.sampler().body().trunk
-    assert used is not work
-    assert used.layers[0].mlp.up_proj.weight.data_ptr() == base.model.layers[0].mlp.up_proj.weight.data_ptr()
-    assert used.layers[0].self_attn.q_proj.weight.data_ptr() != work.layers[0].self_attn.q_proj.weight.data_ptr()
+    own = {weight.data_ptr() for weight in engine.model.parameters()}
+    trainer = learned(engine, "q_proj")
+    rows = [[3, 4, 5, 6]]
+    [said] = trainer.sampler().logprobs(rows).result()
+    body = trainer.sampler().body()
+    assert {weight.data_ptr() for weight in body.trunk.parameters()} <= own
+    assert said == pytest.approx(trainer.forward(Batch([Datum(rows[0], [0.0, 1, 1, 1])])).result().logprobs[0][1:])
+    assert said != pytest.approx(engine.sampler().logprobs(rows).result()[0], abs=0.01)
+    with pytest.raises(EngineError, match="merged where nothing learns"):
+        body.states(rows)
+
+
+def test_an_adapter_is_found_merged_after_a_whole_model_of_another_precision(monkeypatch):
+    monkeypatch.setattr(frozen_llama, "multiplies_bfloat16", lambda: False)
+    engine = LocalEngine(load_model("tiny", dtype="bfloat16"))
+    adapter, whole = learned(engine, "q_proj").sampler(), engine.trainer().sampler()
+    first = adapter.logprobs([[3, 4, 5]]).result()
+    whole.logprobs([[3, 4, 5]]).result()  # float32, which is laid out; the adapter's base is not
+    assert adapter.logprobs([[3, 4, 5]]).result() == first
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_bfloat16_head_gives_the_same_log_prob_wherever_it_is_asked(architecture, tmp_path):
+    sampler = LocalEngine(load_model(str(tiny_model(tmp_path, architecture)), dtype="bfloat16")).sampler()
+    [[drawn]] = sampler.sample([[3, 4, 5]], SamplingParams(max_tokens=1)).result()
+    rows = [[3, 4, 5, *drawn.tokens]]
+    [scored] = sampler.logprobs(rows, [3]).result()
+    [[table]] = sampler.top_logprobs(rows, 100_000, [3]).result()
+    # Logits rounded to bfloat16 would be off by thousandths.
+    assert scored == pytest.approx(drawn.logprobs, abs=1e-5)
+    assert dict(table)[drawn.tokens[0]] == pytest.approx(scored[0], abs=1e-5)
 
 
 def test_a_whole_models_embedding_and_head_stay_tied(batch, tmp_path):
@@ -89,8 +131,6 @@ def test_a_whole_models_embedding_and_head_stay_tied(batch, tmp_path):
 
 
 def test_dropout_is_off_while_learning(tmp_path):
-    from tercet.models.tiny import tiny_model
-
     engine = LocalEngine(load_model(str(tiny_model(tmp_path, "gpt2"))))  # its config asks for dropout of 0.1
     for trainer in (engine.trainer(), engine.trainer(lora=LORA)):
         assert not trainer.body().trunk.training
