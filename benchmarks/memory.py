@@ -9,12 +9,14 @@ from measuring import Once, Row, Run, Work, timed
 def tercet(work: Work) -> Once:
     from tercet.types import AdamParams, Batch, Head, SamplingParams
 
-    base = engine(work)
-    trainer, reference = base.trainer(lora=lora(work)), base.sampler()
-    judge = base.trainer(lora=lora(work), head=Head()).scorer()
-    size = work.settings
+    base, size = engine(work), work.settings
     tokenizer = base.loaded.tokenizer
     prompts = [tokenizer.encode(pair["prompt"], add_special_tokens=False) for pair in work.pairs[: size["rl_prompts"]]]
+    # As many tokens at a time as the rows that TRL is given at a time.
+    pass_tokens = size["micro_batch_rows"] * (max(map(len, prompts)) + size["completion_tokens"])
+    base.budgets.micro_batch_tokens = base.budgets.score_tokens = pass_tokens
+    trainer, reference = base.trainer(lora=lora(work)), base.sampler()
+    judge = base.trainer(lora=lora(work), head=Head()).scorer()
     adam = AdamParams(learning_rate=size["learning_rate"], max_grad_norm=1.0)
 
     losses: list[float] = []

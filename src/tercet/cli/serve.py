@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tercet.cli.closing import say
 from tercet.config import parse
-from tercet.errors import ConfigError, UsageError
+from tercet.errors import CheckpointError, ConfigError, UsageError
 from tercet.recipes.session import MachineConfig, SetupConfig, local_engine
 from tercet.server.served import NO_TOKEN, Limits, Served
 
@@ -27,8 +27,8 @@ class ServeConfig(MachineConfig):
     port: int = 8000
     """Where to listen; 0 takes a free one."""
     token: str | None = None
-    """What clients must give as TINKER_API_KEY; by default what that variable says here. It begins with tml-, which the
-    SDK insists on."""
+    """What clients must give as TINKER_API_KEY; by default what that variable says here. It begins with tml-: the SDK
+    refuses other keys, but for tokens of the hosted service (eyJ...)."""
     out: str = "runs/serve"
     """Folder of checkpoints; they outlive sessions and restarts."""
     micro_batch_tokens: int = 2048
@@ -59,11 +59,27 @@ def main(argv: list[str]) -> int:
             'environment, or --token (for example one from: python -c \'import secrets; print("tml-" + '
             "secrets.token_urlsafe(24))')"
         )
-    listen(
-        open_served(config), Path(config.out), config.limits, host=config.host, port=config.port, token=token,
-        local_only=local and token is None, say=say,
-    )  # fmt: skip
+    out = Path(config.out)
+    held = _taken(out)
+    try:
+        listen(
+            open_served(config), out, config.limits, host=config.host, port=config.port, token=token,
+            local_only=local and token is None, say=say,
+        )  # fmt: skip
+    finally:
+        os.close(held)
     return 0
+
+
+def _taken(out: Path) -> int:
+    # A second server would take what the first one is writing for the remains of a killed one.
+    from tercet.runs.lock import lock
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        return lock(out)
+    except UsageError as error:
+        raise CheckpointError(f"one server at a time may write checkpoints: {error}") from error
 
 
 def _token_of_environment() -> str | None:
@@ -77,7 +93,10 @@ def _token_of_environment() -> str | None:
 
 def _check_token(name: str, token: str | None) -> None:
     if token is not None and (not token.startswith("tml-") or len(token) < 12):
-        raise ConfigError(f"{name} must begin with tml-, as the SDK refuses other keys, and have 12 characters or more")
+        raise ConfigError(
+            f"{name} must begin with tml- and have 12 characters or more: the SDK refuses other keys, but for those "
+            "that begin with eyJ, which are the hosted service's own and run out; give this server one of its own"
+        )
 
 
 def open_served(config: ServeConfig) -> Served:

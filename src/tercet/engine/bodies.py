@@ -185,7 +185,11 @@ class BodyTrainer(ABC):
     """Gradient, optimizer and their state; what is left of `tercet.engine.base.Trainer` is which weights learn."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], budgets: Budgets, value_head: nn.Linear | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        budgets: Budgets,
+        value_head: nn.Linear | None = None,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
         """Take over what learns.
 
@@ -193,8 +197,10 @@ class BodyTrainer(ABC):
             parameters: By the names under which the optimizer's state is saved.
             budgets: Of the engine.
             value_head: The head, which learns as well.
+            make_room: Called before a gradient is computed, which takes more memory than all else.
         """
         self.parameters, self.budgets, self.value_head = dict(parameters), budgets, value_head
+        self.make_room = make_room
         if value_head is not None:
             self.parameters[HEAD_PARAMETER] = value_head.weight  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0)
@@ -228,6 +234,7 @@ class BodyTrainer(ABC):
 
         def work() -> StepResult:
             body = self.body()
+            self.make_room()
             # A backward pass that fails halfway has added to some parameters and not to others.
             before = {
                 name: None if parameter.grad is None else parameter.grad.clone()

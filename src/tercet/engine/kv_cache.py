@@ -21,6 +21,8 @@ from tercet.models.tree_attention import Layout
 SPREAD, SLACK = 1.5, 16
 # Room for tokens comes in such steps: products over whole vectors, without gaps, take half the time of others.
 PROMPT_STEP, OWN_STEP = 8, 32
+# Products are over whole steps of rows, so that they have few shapes: see `tercet.models.frozen_llama.PACKED_STEP`.
+ROW_STEP = 8
 
 
 @dataclass
@@ -108,7 +110,7 @@ class KeyValueCache:
     """All prompt blocks, and of every row its own tokens: per layer (rows, kv_heads, tokens, d)."""
 
     def __init__(self, rows: int, max_tokens: int, device: torch.device) -> None:
-        self.rows, self.max_tokens, self.device = rows, max_tokens, device
+        self.rows, self.max_tokens, self.device = whole_rows(rows), max_tokens, device
         self.blocks: list[PromptBlock] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -266,6 +268,11 @@ class Decode:
         if self.scores is None or self.scores.shape != shape:
             self.scores = like.new_full(shape, float("-inf"))
         return self.scores
+
+
+def whole_rows(rows: int) -> int:
+    """How many rows are computed where there are so many: what is beyond is computed for nothing."""
+    return rows if rows < ROW_STEP else _whole(rows, ROW_STEP)
 
 
 def _whole(tokens: int, step: int) -> int:

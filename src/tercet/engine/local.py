@@ -38,7 +38,8 @@ from tercet.errors import CheckpointError, EngineError, ModelError
 from tercet.machine import memory_bytes
 from tercet.models import adapters
 from tercet.models.cpu import keep_freed_memory
-from tercet.models.frozen_llama import NONE, Updates, takes
+from tercet.models.frozen_llama import NONE, Updates, forget, takes
+from tercet.models.lean_layers import slim
 from tercet.models.load import LoadedModel
 from tercet.models.lora_linear import fuse
 from tercet.models.memory import BYTES, estimate, shape
@@ -155,6 +156,7 @@ class LocalEngine:
         self.peft = adapters.add_adapter(self.peft or self.model, name, lora, base=self.loaded.name, seed=seed)
         try:
             fuse(self.peft)
+            slim(self.peft)
             trainer = LoraTrainer(self, name, lora, value_head)
             if saved is not None and saved.tensors is not None:
                 adapters.set_adapter_tensors(self.peft, name, dict(saved.tensors))
@@ -203,6 +205,10 @@ class LocalEngine:
             self._fill(frozen)
             self._work_holds = frozen
         return self.body(self._work, None if frozen.head is None else head_of(frozen.head), self._updates)
+
+    def make_room(self) -> None:
+        """Drop the weights laid out for sampling: after a gradient step they would be others in any case."""
+        forget(self.body(self._work).trunk)
 
     def detached_copy(self, tensors: Mapping[str, Tensor] | None) -> PreTrainedModel:
         """A trainable model of its own, float32 whatever the base is: the base's weights or the given ones."""
@@ -278,7 +284,7 @@ class LoraTrainer(BodyTrainer):
 
     def __init__(self, engine: LocalEngine, name: str, lora: LoraConfig, value_head: nn.Linear | None) -> None:
         assert engine.peft is not None
-        super().__init__(adapters.adapter_parameters(engine.peft, name), engine.budgets, value_head)
+        super().__init__(adapters.adapter_parameters(engine.peft, name), engine.budgets, value_head, engine.make_room)
         self.engine, self.context_tokens = engine, engine.context_tokens
         self.name, self.lora, self.peft = name, lora, engine.peft
 
@@ -335,7 +341,7 @@ class FullTrainer(BodyTrainer):
 
     def __init__(self, engine: LocalEngine, tensors: Mapping[str, Tensor] | None, value_head: nn.Linear | None) -> None:
         self.model = engine.detached_copy(tensors)
-        super().__init__(dict(sorted(self.model.named_parameters())), engine.budgets, value_head)
+        super().__init__(dict(sorted(self.model.named_parameters())), engine.budgets, value_head, engine.make_room)
         self.engine, self.context_tokens = engine, engine.context_tokens
 
     def body(self) -> Body:

@@ -55,18 +55,20 @@ class Body:
         """The form in which the model says most quickly what its weights make of tokens, if it has one."""
         return frozen_llama(self.trunk, self.head, self.updates)
 
+    def _fast_where_nothing_learns(self) -> FrozenLlama | None:
+        return None if torch.is_grad_enabled() or self.head.weight.requires_grad else self.fast()
+
     def hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
         """Last hidden states (T, D) of one packed row (T,)."""
-        return self.hidden_of(
-            torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device), layout
-        )
+        row, places = torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device)
+        fast = self._fast_where_nothing_learns()
+        return self.hidden_of(row, places, layout) if fast is None else fast.packed(row, places, layout)
 
     def hidden_of(self, row: Tensor, places: Tensor, layout: Layout) -> Tensor:
-        """The same of tensors (T,) on the model's device."""
-        if not torch.is_grad_enabled() and not self.head.weight.requires_grad:
-            fast = self.fast()
-            if fast is not None:
-                return fast.hidden(row, places, layout)
+        """The same of tensors (T,) on the model's device, of which a layout has no other places than theirs."""
+        fast = self._fast_where_nothing_learns()
+        if fast is not None:
+            return fast.hidden(row, places, layout)
         if self.updates:
             raise EngineError(
                 "these weights are an adapter's and are merged where nothing learns; this wants a gradient"

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tercet.engine.collate import IntArray, forest
 from tercet.engine.draw import draw, origins, uniforms
 from tercet.engine.graphed import GraphedStep, given_up, recorder
-from tercet.engine.kv_cache import Decode, KeyValueCache, Prefill
+from tercet.engine.kv_cache import Decode, KeyValueCache, Prefill, whole_rows
 from tercet.engine.outputs import Body, forest_layout
 from tercet.engine.padded import generate_padded
 from tercet.errors import EngineError
 from tercet.models.logprobs import logits_of
-from tercet.models.tree_attention import Layout
 from tercet.types import Completion, SamplingParams, StopReason
 
 # A decode step over 128 rows costs far less a token than one over 8; beyond that it gains little.
@@ -218,7 +218,7 @@ class _Loop:
                 row[: len(packed.paths[i])] = packed.paths[i]
             places.append(torch.from_numpy(place).to(self.body.device))
         layout = Prefill(forest_layout(packed, self.body.device), blocks, places)
-        hidden = self._hidden(packed.tokens, packed.positions, layout)
+        hidden = self.body.hidden(packed.tokens, packed.positions, layout)
         last = np.repeat([path[-1] for path in packed.paths], [len(samples) for _, samples in taken])
         self._draw(slice(first, len(self.rows)), hidden, torch.from_numpy(last).to(self.body.device))
 
@@ -226,11 +226,18 @@ class _Loop:
         """One more token for every row."""
         n = len(self.rows)
         own = self.rows.count[:n] - 1
-        positions = self.rows.prompt_tokens[:n] + own
-        if self.graphed is None or given_up():
-            hidden = self._hidden(self.rows.newest, positions, Decode.of(self.cache, own))
+        newest, positions = self.rows.newest, self.rows.prompt_tokens[:n] + own
+        if self.graphed is not None and not given_up():
+            hidden = self.graphed(newest, positions, own)
+        elif self.fast is None:
+            row, places = (torch.from_numpy(each).to(self.body.device) for each in (newest, positions))
+            hidden = self.body.hidden_of(row, places, Decode.of(self.cache, own))
         else:
-            hidden = self.graphed(self.rows.newest, positions, own)
+            # Rows that are free are computed for nothing.
+            more = (0, whole_rows(n) - n)
+            newest, positions, own = (np.pad(each, more, mode="edge") for each in (newest, positions, own))
+            row, places = torch.from_numpy(newest), torch.from_numpy(positions)
+            hidden = self.fast.hidden(row, places, Decode.of(self.cache, own))
         self._draw(slice(0, n), hidden)
 
     def leave(self) -> list[tuple[int, int, Completion]]:
@@ -249,21 +256,16 @@ class _Loop:
             self.cache.close(gone, moves, int(rows.count[: len(rows)].max(initial=1)) - 1)
         return ended
 
-    def _hidden(self, tokens: IntArray, positions: IntArray, layout: Layout) -> Tensor:
-        if self.fast is None:
-            return self.body.hidden(tokens, positions, layout)
-        return self.fast.hidden(torch.from_numpy(tokens), torch.from_numpy(positions), layout)
-
     def _draw(self, which: slice, hidden: Tensor, last: Tensor | None = None) -> None:
         """Draw the next token of some rows from hidden states, of which `last` says which is each row's."""
         if last is not None:
             # Samples of one prompt have the same logits.
             places, last = torch.unique(last, return_inverse=True)
-            hidden = hidden[places]
+            hidden = functional.pad(hidden[places], (0, 0, 0, whole_rows(len(places)) - len(places)))
         logits = self.logits(hidden)
         rows, count = np.arange(which.start, which.stop), self.rows.count[which]
         uniform = torch.from_numpy(self.rows.uniform[rows, count]).to(logits.device)
-        tokens, logprobs = draw(logits if last is None else logits[last], self.params, uniform)
+        tokens, logprobs = draw(logits[: len(rows)] if last is None else logits[last], self.params, uniform)
         self.rows.tokens[rows, count] = tokens.cpu().numpy()
         self.rows.logprobs[rows, count] = logprobs.float().cpu().numpy()
         self.rows.count[which] += 1

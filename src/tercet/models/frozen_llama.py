@@ -28,6 +28,9 @@ LAYERS = frozenset({
 """Classes of transformers that were compared."""
 # Blocks are chosen for products with this many rows; other numbers work with them as well.
 ROWS = 128
+# oneDNN writes code for every number of rows it meets, 0.6 MB and a millisecond for each kind of product, and keeps it:
+# packed rows are filled up to whole steps, so that there are few such numbers.
+PACKED_STEP = 64
 
 # `model.to(dtype)` puts other numbers under the same parameter without counting up its version.
 Source = tuple["ReferenceType[Tensor]", int, torch.dtype]
@@ -39,7 +42,7 @@ NONE: Updates = MappingProxyType({})
 def frozen_llama(trunk: nn.Module, head: nn.Module, updates: Updates = NONE) -> FrozenLlama | None:
     """The fast form of a model with its weights as they are now, kept from call to call; None when it has none."""
     if not is_known(trunk, head):
-        _KEPT.pop(trunk, None)
+        forget(trunk)
         return None
     if trunk not in _KEPT:
         _KEPT[trunk] = FrozenLlama(trunk)
@@ -47,17 +50,26 @@ def frozen_llama(trunk: nn.Module, head: nn.Module, updates: Updates = NONE) -> 
     return _KEPT[trunk]
 
 
+def forget(trunk: nn.Module) -> None:
+    """Give the memory of a model's fast form back; it is made anew when it is wanted."""
+    _KEPT.pop(trunk, None)
+
+
 # Not an attribute of the model: whoever copies the model would copy it too.
 _KEPT: WeakKeyDictionary[nn.Module, FrozenLlama] = WeakKeyDictionary()
+
+
+def is_llama_layer(layer: nn.Module) -> bool:
+    """Whether a layer is of a class that was compared."""
+    kind = type(layer)
+    # Code that came with a model may call its own layers so.
+    return kind.__name__ in LAYERS and kind.__module__.startswith("transformers.models.")
 
 
 def is_known(trunk: Any, head: Any) -> bool:
     """Whether a model is of the kind computed here, down to the class of every part, and lies on a CPU."""
     layers = getattr(trunk, "layers", ())
-    if not layers or {type(layer).__name__ for layer in layers} - LAYERS:
-        return False
-    # Code that came with a model may call its own layers so.
-    if not all(type(layer).__module__.startswith("transformers.models.") for layer in layers):
+    if not layers or not all(map(is_llama_layer, layers)):
         return False
     if not has_onednn():
         return False
@@ -103,6 +115,12 @@ class FrozenLlama:
         for i, layer in enumerate(self.layers):
             h = layer(i, h, turn, layout)
         return self.norm(h)
+
+    def packed(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """The same of a row in which a layout has its tokens at places of its own, so that more may follow."""
+        more = -len(tokens) % PACKED_STEP
+        filled = functional.pad(tokens, (0, more)), functional.pad(positions, (0, more))
+        return self.hidden(*filled, layout)[: len(tokens)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, V) of hidden states (N, D), in float32."""

@@ -82,9 +82,9 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum; training and sampling take turns, so of activations and cache only the larger counts."""
-        kept = self.base + self.merged + self.laid_out + self.trained + self.vllm
-        return kept + self.head + max(self.activations + self.backward, self.kv_cache)
+        """The sum; training and sampling take turns, so of what only one of them needs the larger counts."""
+        kept = self.base + self.merged + self.trained + self.vllm
+        return kept + self.head + max(self.activations + self.backward, self.laid_out + self.kv_cache)
 
     def describe(self) -> str:
         """One line, in GB, without what is nothing."""
@@ -207,10 +207,12 @@ def _kept_per_token(model: Shape, rank: int, size: int, attended: int) -> int:
         attended: Of a number in attention.
     """
     q, kv = model.heads * model.head_size, model.kv_heads * model.head_size
-    # Norms are computed in float32; their inputs and outputs are kept.
-    norms = 2 * model.hidden * (4 + size)
+    # See tercet.models.lean_layers.
+    lean = model.laid_out and bool(rank)
+    # Their inputs and outputs; else inputs as they are computed with, in float32.
+    norms = 2 * model.hidden * ((size if lean else 4) + size)
     # Queries, keys, values; and the result.
     attention = (q + 2 * kv) * attended + q * size
     # Gate, its activation, up and their product. Of many experts a token passes a few; two is usual.
-    mlp = min(model.experts, 2) * (4 if model.gated else 2) * model.intermediate
+    mlp = min(model.experts, 2) * ((3 if lean else 4) if model.gated else 2) * model.intermediate
     return norms + attention + (mlp + rank * min(len(model.linears), 7)) * size

@@ -86,8 +86,12 @@ class Endpoints:
         return _promised(self.service.create_model(request))
 
     async def get_info(self, request: asked.GetInfo) -> dict[str, Any]:
-        """See `Service`."""
-        return self.service.info(request.model_id)
+        """What a client wants to know of its model."""
+        model, served = self.service.model(request.model_id), self.service.served
+        name = {"model_name": model.base_model}
+        about = {"arch": served.architecture, "tokenizer_id": str(served.tokenizer), **name}
+        lora = {"is_lora": True, "lora_rank": model.lora_rank}
+        return {"type": "get_info", "model_data": about, "model_id": request.model_id, **lora, **name}
 
     async def load_weights(self, request: asked.LoadWeights) -> dict[str, Any]:
         """Into a model that is there, or as a new one."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from tercet.server.store import Store
 BACKLOG = 4096
 # A client takes a connection up again for 5 s at most; each that waits here costs tens of KB.
 KEEP_ALIVE_S = 15
+# What is being answered may end, and then what the engine does: a save, mostly.
+GRACE_S = 3
 
 
 def listen(
@@ -57,7 +61,8 @@ def listen(
             f"cannot listen on {host}:{port}: {error}; give another --port, or 0 for a free one"
         ) from error
     port = listening.getsockname()[1]
-    app = make_app(Service(served, Store(root), limits), token=token, local_only=local_only)
+    service = Service(served, Store(root), limits)
+    app = make_app(service, token=token, local_only=local_only)
     where = f"[{host}]" if ":" in host else host
     say(f"names: {', '.join(served.names)}; checkpoints in {root}")
     key = f"TINKER_API_KEY={NO_TOKEN}" if token is None else "and TINKER_API_KEY as it was given"
@@ -67,10 +72,16 @@ def listen(
         log_level="warning",
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=GRACE_S,
         backlog=BACKLOG,
     )
     try:
         uvicorn.Server(config).run([listening])
     except KeyboardInterrupt:
         say(f"stopped; saved checkpoints are in {root}, and a server started there again serves them")
+        say(f"{service.schedule.drawn} requests to sample were drawn in {service.schedule.calls} calls of the engine")
+        if not service.schedule.rests_within(GRACE_S):
+            # Python would wait for the engine's thread, which may draw for hours yet.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tercet.errors import UsageError
 from tercet.types import AdamParams, LoraConfig
 
-Metadata = dict[str, Any]
+
+def _can_be_told(metadata: Any) -> Any:
+    """Metadata themselves, unless they hold what no answer can: half of a character, which JSON may spell."""
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text in it holds half of a character ({error.reason}); send whole ones") from error
+    return metadata
+
+
+Metadata = Annotated[dict[str, Any], BeforeValidator(_can_be_told)]
 # Every trained weight takes 16 bytes with gradient and optimizer; ranks beyond the width of layers buy nothing.
 MOST_RANK = 1024
 
@@ -255,10 +266,3 @@ class TimeToLive(_Request):
     """`…/ttl`."""
 
     ttl_seconds: int | None = None
-
-
-class JoinSamplingSession(_Request):
-    """`join_sampling_session`."""
-
-    sampling_session_id: str
-    type: Literal["join_sampling_session"] = "join_sampling_session"

@@ -79,7 +79,7 @@ class Rest:
             raise Missing(f"there is no session {session_id}, or it ended long ago")
         return {
             "training_run_ids": found.models,
-            "sampler_ids": found.samplers,
+            "sampler_ids": list(found.samplers),
             "user_metadata": in_words(found.user_metadata),
             "display_name": found.display_name,
         }

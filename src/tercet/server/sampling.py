@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Any
 
@@ -14,7 +14,7 @@ from tercet.errors import TercetError, UsageError
 from tercet.server.promises import PROTOBUF, Answer, Promise, failure
 from tercet.server.requests import Sample
 from tercet.server.wire import sample_response, top_message
-from tercet.types import SamplingParams
+from tercet.types import Completion, SamplingParams
 
 LOG = logging.getLogger("tercet.server")
 TOP_TOKENS = 1000
@@ -32,10 +32,18 @@ class Draw:
     n: int
     params: SamplingParams
     seed: int
+    limit: int
+    """Most tokens of a sample. `params`, which requests that are drawn together have in common, may name fewer."""
     prompt_from: int | None
     """First token of the prompt whose log-prob is asked for; None asks for none."""
     top_of_prompt: int
     top_of_samples: int
+
+    @property
+    def bytes(self) -> int:
+        """What it takes: the prompt, a Python number a token, and the tables of likeliest tokens that it asks for."""
+        entries = self.top_of_prompt * len(self.prompt) + self.top_of_samples * self.n * self.limit
+        return 36 * len(self.prompt) + 8 * entries
 
 
 def read_draw(
@@ -72,21 +80,21 @@ def read_draw(
             f"the prompt has {len(prompt)} tokens; it must have from 1 to {context_tokens - 1}, as the model takes "
             f"{context_tokens} and an answer has at least one"
         )
-    max_tokens = room if asked.max_tokens is None else asked.max_tokens
-    if max_tokens > room:
+    limit = room if asked.max_tokens is None else asked.max_tokens
+    if limit > room:
         # Where the context ends, so does the sample; in steps, so that prompts of several lengths are drawn together.
-        max_tokens = room // ROOM_STEP * ROOM_STEP or room
+        limit = room // ROOM_STEP * ROOM_STEP or room
     for name, k in (
         ("topk_prompt_logprobs", request.topk_prompt_logprobs),
         ("topk_sample_logprobs", request.topk_sample_logprobs),
     ):
         if not 0 <= k <= TOP_TOKENS:
             raise UsageError(f"{name} is {k}; it must be from 0 to {TOP_TOKENS}")
-    asked_for = request.num_samples * max_tokens * (1 + request.topk_sample_logprobs)
+    asked_for = request.num_samples * limit * (1 + request.topk_sample_logprobs)
     asked_for += len(prompt) * request.topk_prompt_logprobs
     if asked_for > most_tokens:
         raise UsageError(
-            f"the request is for {asked_for} tokens ({request.num_samples} samples of {max_tokens}, the "
+            f"the request is for {asked_for} tokens ({request.num_samples} samples of {limit}, the "
             f"{request.topk_sample_logprobs} likeliest beside each, and {request.topk_prompt_logprobs} at each of the "
             f"prompt's {len(prompt)}), and {most_tokens} are allowed; ask for fewer at once, or start the server with "
             "a larger --limits.sample-tokens"
@@ -98,24 +106,57 @@ def read_draw(
     stop: tuple[str | int, ...] = (
         () if asked.stop is None else (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
     )
+    # An empty list, and nothing else, switches every stop off.
+    eos = asked.stop is None or bool(stop)
     return Draw(
         promise,
         prompt,
         request.num_samples,
         SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=_shared(room) if asked.max_tokens is None and eos else limit,
             temperature=asked.temperature,
             top_p=asked.top_p,
             top_k=max(0, asked.top_k),
             stop=stop,
-            # An empty list, and nothing else, switches every stop off.
-            eos=asked.stop is None or bool(stop),
+            eos=eos,
         ),
         secrets.randbits(62) if asked.seed is None else asked.seed % 2**62,
+        limit,
         start if request.prompt_logprobs or request.topk_prompt_logprobs else None,
         request.topk_prompt_logprobs,
         request.topk_sample_logprobs,
     )
+
+
+def _shared(room: int) -> int:
+    # Samples without a limit seldom come near the end of the context. They are drawn as far as prompts of many other
+    # lengths leave room, four limits to every doubling, and again to their own end where they come so far.
+    step = 1 << max(0, room.bit_length() - 3)
+    return room // step * step
+
+
+class Unwanted(Exception):
+    """Nobody waits for any of the answers."""
+
+
+class _Prompts(Sequence[Any]):
+    """The prompts of requests, for as long as one of them is waited for.
+
+    An engine reads a prompt when there is room for its next samples: a call of hours ends there.
+    """
+
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        self.draws, self.unwanted = draws, 0
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, i: Any) -> Any:
+        while self.unwanted < len(self.draws):
+            if not self.draws[self.unwanted].promise.done.is_set():
+                return self.draws[i].prompt
+            self.unwanted += 1
+        raise Unwanted
 
 
 def draw_together(open_sampler: Callable[[], Sampler], draws: Sequence[Draw]) -> list[Answer]:
@@ -125,6 +166,8 @@ def draw_together(open_sampler: Callable[[], Sampler], draws: Sequence[Draw]) ->
     """
     try:
         return _answers(open_sampler(), draws)
+    except Unwanted:
+        return [failure("nobody waits for the sample any more")] * len(draws)
     except Exception as error:
         if len(draws) > 1:
             half = len(draws) // 2
@@ -143,7 +186,7 @@ def failed(error: Exception) -> Answer:
 def _answers(sampler: Sampler, draws: Sequence[Draw]) -> list[Answer]:
     first = draws[0]
     prompts = [draw.prompt for draw in draws]
-    drawn = sampler.sample(prompts, first.params, first.n, seeds=[draw.seed for draw in draws]).result()
+    drawn = _drawn(sampler, draws)
     asking = [i for i, draw in enumerate(draws) if draw.prompt_from is not None]
     starts = [draws[i].prompt_from or 1 for i in asking]
     scored = sampler.logprobs([prompts[i] for i in asking], starts).result() if asking else []
@@ -170,6 +213,25 @@ def _answers(sampler: Sampler, draws: Sequence[Draw]) -> list[Answer]:
         )
         answers.append(Answer(content, PROTOBUF))
     return answers
+
+
+def _drawn(sampler: Sampler, draws: Sequence[Draw]) -> list[list[Completion]]:
+    def ask(places: Sequence[int], params: SamplingParams) -> list[list[Completion]]:
+        asked = [draws[i] for i in places]
+        seeds = [draw.seed for draw in asked]
+        return sampler.sample(_Prompts(asked), params, draws[0].n, seeds=seeds).result()
+
+    params = draws[0].params
+    found = ask(range(len(draws)), params)
+    further: dict[int, list[int]] = {}
+    for i, (draw, completions) in enumerate(zip(draws, found, strict=True)):
+        if draw.limit > params.max_tokens and any(each.stop_reason == "length" for each in completions):
+            further.setdefault(draw.limit, []).append(i)
+    for limit, places in further.items():
+        # From the beginning: a seed decides every token, so they come that far again and then go on.
+        for i, completions in zip(places, ask(places, replace(params, max_tokens=limit)), strict=True):
+            found[i] = completions
+    return found
 
 
 @dataclass(frozen=True)

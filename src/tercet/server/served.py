@@ -62,7 +62,10 @@ class Limits:
     sample_tokens: int = 10_000_000
     """Most tokens that one request to sample may ask for: of its samples, and of tables of likeliest tokens."""
     waiting_mb: int = 1000
-    """Data to learn from that may wait, in millions of bytes; beyond, clients are told to come back later (429)."""
+    """Data to learn from that may wait, in millions of bytes, and as much of prompts to sample from with what they
+    ask for; beyond, clients are told to come back later (429)."""
+    answers_mb: int = 500
+    """What answers that are kept for clients may take, in millions of bytes; beyond, the oldest go."""
     models: int = 32
     """Models being trained at once, over all sessions."""
     samplers: int = 64

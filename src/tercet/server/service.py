@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from tercet.engine.base import Sampler, Trainer
 from tercet.errors import CheckpointError, TercetError, UsageError
 from tercet.server import requests as asked
 from tercet.server.learning import learn
-from tercet.server.promises import PROTOBUF, Answer, Promise, Promises, answer, failure
+from tercet.server.promises import GRACE_S, PROTOBUF, Answer, Promise, Promises, answer, failure
 from tercet.server.refusals import Busy, Gone, Missing
 from tercet.server.sampling import read_draw
-from tercet.server.schedule import Backlog, Schedule
+from tercet.server.schedule import Backlog, Kind, Schedule
 from tercet.server.served import Limits, Served
 from tercet.server.sessions import Model, SamplerEntry, Samplers, Session
 from tercet.server.store import Checkpoint, Run, Store, checked_name, now
@@ -40,7 +41,9 @@ class Service:
     def __init__(self, served: Served, store: Store, limits: Limits) -> None:
         self.served, self.store, self.limits = served, store, limits
         self.schedule, self.backlog = Schedule(), Backlog(limits.waiting_mb * 1_000_000)
-        self.promises = Promises(kept_s=KEPT_S, kept_unfetched_s=KEPT_UNFETCHED_S)
+        self.promises = Promises(
+            kept_s=KEPT_S, kept_unfetched_s=KEPT_UNFETCHED_S, most_bytes=limits.answers_mb * 1_000_000
+        )
         self.sessions: dict[str, Session] = {}
         self.models: dict[str, Model] = {}
         self.entries: dict[str, SamplerEntry] = {}
@@ -78,10 +81,11 @@ class Service:
         session = self.sessions.get(session_id)
         if session is None or session.finished is not None:
             return
-        session.finished = reason
-        for promise in self.schedule.drop(lambda promise: promise.session_id == session_id):
+        session.finish(reason)
+        drawing = self.schedule.drop(lambda promise: promise.session_id == session_id)
+        for promise in [*drawing, *self.schedule.drop_learning(session_id)]:
             self.promises.forget(promise)
-        for sampler_id in session.samplers:
+        for sampler_id in list(session.samplers):
             self._drop_entry(sampler_id)
         for model_id in session.models:
             model = self.models.pop(model_id, None)
@@ -138,22 +142,6 @@ class Service:
         found.asked_at = now()
         return found
 
-    def info(self, model_id: str) -> dict[str, Any]:
-        """What a client wants to know of its model."""
-        model = self.model(model_id)
-        return {
-            "type": "get_info",
-            "model_data": {
-                "arch": self.served.architecture,
-                "model_name": model.base_model,
-                "tokenizer_id": str(self.served.tokenizer),
-            },
-            "model_id": model_id,
-            "is_lora": True,
-            "lora_rank": model.lora_rank,
-            "model_name": model.base_model,
-        }
-
     def learn(self, request: LearnRequest) -> Promise:
         """Add a batch's gradient, or look at it."""
 
@@ -200,23 +188,24 @@ class Service:
             self.store.touch(model.model_id, model.asked_at)
             return answer(path=found.path, type="save_weights" if kind == "weights" else "save_weights_for_sampler")
 
-        return self._in_order(request.model_id, request.seq_id, work)
+        return self._in_order(request.model_id, request.seq_id, work, "saves")
 
     def save_sampler(self, request: asked.SaveWeights) -> Promise:
         """A sampler of the weights as they are, kept in memory only."""
+        loop = asyncio.get_running_loop()
 
         def work(model: Model) -> Answer:
-            sampler_id = f"{model.session_id}:sample:{request.sampling_session_seq_id}"
-            self.samplers.keep(sampler_id, model.trained().sampler(), model.session_id)
-            self._add_entry(SamplerEntry(sampler_id, model.session_id, model.base_model, None, sampler_id))
-            # Looked at last: the event loop may end the session at any moment, and lets go of what it then finds.
             session = self.sessions.get(model.session_id)
             if session is None or session.finished is not None:
-                self._drop_entry(sampler_id)
                 raise UsageError(f"the session {model.session_id} is over; nobody could draw from the sampler")
+            sampler_id = f"{model.session_id}:sample:{request.sampling_session_seq_id}"
+            self.samplers.keep(sampler_id, model.trained().sampler(), model.session_id)
+            entry = SamplerEntry(sampler_id, model.session_id, model.base_model, None, sampler_id)
+            # On the event loop, which may end the session at any moment; and before the client learns of it.
+            loop.call_soon_threadsafe(self._add_entry, entry)
             return answer(sampling_session_id=sampler_id, path=None, type="save_weights_for_sampler")
 
-        return self._in_order(request.model_id, request.seq_id, work)
+        return self._in_order(request.model_id, request.seq_id, work, "other")
 
     def load_in_place(self, request: asked.LoadWeights) -> Promise:
         """Let a model take over saved weights and, with `optimizer`, where their training stood."""
@@ -249,7 +238,10 @@ class Service:
         Raises:
             Missing: There is none.
         """
-        found = self.entries.get(sampler_id)
+        found, session = self.entries.get(sampler_id), self.sessions.get(sampler_id.partition(":")[0])
+        if session is not None and session.had(sampler_id):
+            found = found or SamplerEntry(sampler_id, session.session_id, self.served.name, None, GONE)
+            session.use(sampler_id)
         if found is None:
             raise Missing(
                 f"there is no sampler {sampler_id}: its session is over, or this server was started after it; "
@@ -268,15 +260,15 @@ class Service:
         if request.sampling_session_id is not None:
             _checked_number(request.seq_id, "seq_id", least=0)
             entry = self.entry(request.sampling_session_id)
-            session = self.sessions.get(entry.session_id)
-            if session is not None:
-                session.heard_at = time.monotonic()
             key: Hashable = (entry.sampler_id, request.seq_id)
         else:
             entry = self._entry("", "", request.base_model, request.model_path)
             key = ("asample", idempotency_key or uuid.uuid4().hex)
-        if key not in self.promises.by_key and self.schedule.waiting_samples >= self.limits.waiting_samples:
-            raise Busy(f"{self.limits.waiting_samples} samples wait already; try again in a second")
+        if key not in self.promises.by_key:
+            if self.schedule.waiting_samples >= self.limits.waiting_samples:
+                raise Busy(f"{self.limits.waiting_samples} samples wait already; try again in a second")
+            if self.promises.waiting_bytes >= self.limits.waiting_mb * 1_000_000:
+                raise Busy(f"{self.limits.waiting_mb} MB of prompts and tables wait already; try again in a second")
         promise, new = self.promises.of(key, entry.session_id)
         if new:
             try:
@@ -288,6 +280,7 @@ class Service:
             except TercetError as error:
                 promise.keep(failure(str(error)))
             else:
+                self.promises.wait(promise, draw.bytes)
                 self.schedule.draw(entry.weights, lambda: self._sampler(entry), draw)
         return promise
 
@@ -305,7 +298,7 @@ class Service:
                 return answer(type="try_again", request_id=request_id, queue_state="active")
         if promise is None or promise.answer is None:
             raise Gone(f"the request {request_id} is not known here, or its answer was kept long enough")
-        promise.fetched_at = promise.fetched_at or time.monotonic()
+        promise.fetched()
         return promise.answer
 
     def cancel(self, request_id: str) -> None:
@@ -321,7 +314,7 @@ class Service:
         """Make a model, if its name is right and there is room."""
         session = self.heard(session_id)
         model_id = f"{session_id}:train:{_checked_number(model_seq_id, 'model_seq_id', least=0)}"
-        promise, new = self.promises.of((model_id, 0), session_id)
+        promise, new = self.promises.of((model_id, 0), session_id, model_id)
         if not new:
             return promise
         model, loop = Model(model_id, session_id, base_model or ""), asyncio.get_running_loop()
@@ -353,6 +346,9 @@ class Service:
 
     def _not_made(self, model: Model) -> None:
         self.models.pop(model.model_id, None)
+        session = self.sessions.get(model.session_id)
+        if session is not None:
+            session.models.remove(model.model_id)
         for promise in model.let_go():
             promise.keep(failure(f"{model.model_id} could not be made"))
 
@@ -370,12 +366,15 @@ class Service:
         began, served = now(), self.served.weights
         self.store.begin(Run(model.model_id, model.base_model, served, model.lora_rank, user_metadata, began, began))
 
-    def _in_order(self, model_id: str, seq_id: int | None, work: Callable[[Model], Answer]) -> Promise:
+    def _in_order(
+        self, model_id: str, seq_id: int | None, work: Callable[[Model], Answer], kind: Kind = "learns"
+    ) -> Promise:
         model = self.model(model_id)
         number = _checked_number(seq_id, "seq_id", least=1)
-        promise, new = self.promises.of((model_id, number), model.session_id)
+        promise, new = self.promises.of((model_id, number), model.session_id, model_id)
         if new:
-            model.in_order(number, promise, lambda: self.schedule.submit(promise, lambda: work(model)))
+            do = partial(self.schedule.submit, promise, lambda: work(model), model_id=model_id, kind=kind)
+            model.in_order(number, promise, do)
         return promise
 
     def _loadable(self, path: str) -> Checkpoint:
@@ -397,8 +396,11 @@ class Service:
     def _add_entry(self, entry: SamplerEntry) -> None:
         self.entries[entry.sampler_id] = entry
         session = self.sessions.get(entry.session_id)
-        if session is not None:
-            session.samplers.append(entry.sampler_id)
+        if session is None or session.finished is not None:
+            self._drop_entry(entry.sampler_id)
+        else:
+            for unused in session.add(entry.sampler_id):
+                self._drop_entry(unused)
 
     def _drop_entry(self, sampler_id: str) -> None:
         entry = self.entries.pop(sampler_id, None)
@@ -409,6 +411,11 @@ class Service:
         def make() -> Sampler:
             if entry.weights == BASE:
                 return self.served.engine.sampler()
+            if entry.weights == GONE:
+                raise UsageError(
+                    f"the sampler {entry.sampler_id} has made room for newer ones of its session; create another "
+                    "sampling client of weights that were saved with a name"
+                )
             if entry.model_path is None:
                 raise UsageError(
                     f"the sampler {entry.sampler_id} was never saved and has made room for newer ones; save it with a "
@@ -439,10 +446,15 @@ class Service:
             except Exception:
                 LOG.exception("not everything could be tidied; it is tried again in %g s", TIDY_EVERY_S)
 
+    def _is_over(self, session_id: str, at: float) -> bool:
+        session = self.sessions.get(session_id)
+        return bool(session_id) and (session is None or at - session.finished_at > GRACE_S)
+
     def tidy(self) -> None:
         """Let go of what nobody will ask for."""
-        self.promises.tidy()
         at = time.monotonic()
+        self.promises.tidy(lambda session_id: self._is_over(session_id, at))
+        self.backlog.tidy()
         silent = {each.session_id for each in self.sessions.values() if at - each.heard_at > SILENT_S}
         for promise in self.schedule.drop(lambda promise: promise.session_id in silent):
             self.promises.forget(promise)
@@ -457,6 +469,8 @@ class Service:
 
 
 BASE: Hashable = "base"
+# What a client holds that used many others since.
+GONE: Hashable = "gone"
 
 
 def _checked_number(number: int | None, name: str, *, least: int) -> int:

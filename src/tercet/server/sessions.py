@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from tercet.server.promises import Promise, failure
 
 # A request may overtake the one before it, but not by minutes: then that one is lost.
 LOST_AFTER_S = 300.0
+# Samplers that a client may hold, most of which make no use of memory; of more, the one unused longest is forgotten.
+HELD_SAMPLERS = 1000
 
 
 @dataclass
@@ -26,8 +29,41 @@ class Session:
     display_name: str | None
     heard_at: float = field(default_factory=time.monotonic)
     finished: str | None = None
+    finished_at: float = math.inf
     models: list[str] = field(default_factory=list)
-    samplers: list[str] = field(default_factory=list)
+    samplers: dict[str, None] = field(default_factory=dict)
+    """The one unused longest comes first."""
+    made_samplers: int = 0
+    """They are numbered from 0."""
+
+    def finish(self, reason: str) -> None:
+        """It is over."""
+        self.finished, self.finished_at = reason, time.monotonic()
+
+    def add(self, sampler_id: str) -> list[str]:
+        """Note a new sampler; those that make room for it."""
+        self.samplers[sampler_id] = None
+        self.made_samplers = max(self.made_samplers, _number(sampler_id) + 1)
+        unused = list(self.samplers)[:-HELD_SAMPLERS]
+        for each in unused:
+            del self.samplers[each]
+        return unused
+
+    def had(self, sampler_id: str) -> bool:
+        """Whether a client of it may hold this sampler."""
+        return self.finished is None and 0 <= _number(sampler_id) < self.made_samplers
+
+    def use(self, sampler_id: str) -> None:
+        """Note that its client draws from a sampler."""
+        self.heard_at = time.monotonic()
+        if sampler_id in self.samplers:
+            del self.samplers[sampler_id]
+            self.samplers[sampler_id] = None
+
+
+def _number(sampler_id: str) -> int:
+    number = sampler_id.rpartition(":sample:")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 ::
 
+    ROOT/run.lock                                    of the server that has the folder
     ROOT/sess-…:train:0/run.json                     what the run is
     ROOT/sess-…:train:0/weights/000010/              adapter, optimizer, checkpoint.json; tinker://…/weights/000010
     ROOT/sess-…:train:0/sampler_weights/000010/      the same, to sample from
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import tarfile
@@ -19,14 +21,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tercet.errors import CheckpointError, UsageError
 from tercet.runs.durable import UNFINISHED, remove_directory, remove_unfinished, sync, write_atomically
 
+LOG = logging.getLogger("tercet.server")
 SCHEME = "tinker://"
 KINDS = {"weights": "training", "sampler_weights": "sampler"}
 RUN_FILE, CHECKPOINT_FILE = "run.json", "checkpoint.json"
+Found = TypeVar("Found")
 # A checkpoint that is being replaced stands under this name until the new one is in its place.
 ASIDE = f"{UNFINISHED}old"
 # Ten years, as on the hosted service.
@@ -92,7 +96,11 @@ def in_words(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
     """
     if metadata is None:
         return None
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    # Of what was kept before such were refused: half of a character cannot be told.
+    return {
+        name.encode(errors="replace").decode(): text.encode(errors="replace").decode() for name, text in texts.items()
+    }
 
 
 def now() -> str:
@@ -115,12 +123,13 @@ def checked_name(name: str, what: str = "checkpoint") -> str:
 
 
 class Store:
-    """The folder of all runs; several threads may use it at once."""
+    """The folder of all runs, of one server at a time; several of its threads may use it at once."""
 
     def __init__(self, root: Path) -> None:
         """Open it; what a killed server left half written is removed, what it was replacing is put back."""
         self.root = root
         self._changing = threading.Lock()
+        self._told: set[Path] = set()
         root.mkdir(parents=True, exist_ok=True)
         for run in root.iterdir():
             for kind in KINDS:
@@ -142,14 +151,17 @@ class Store:
             self.begin(replace(run, last_request_time=at))
 
     def run(self, run_id: str) -> Run | None:
-        """The run of this id."""
-        found = _json(self.root / checked_name(run_id, "training run") / RUN_FILE)
-        return None if found is None else Run(**found)
+        """The run of this id.
+
+        Raises:
+            CheckpointError: Its file is damaged.
+        """
+        return _record(self.root / checked_name(run_id, "training run") / RUN_FILE, _run)
 
     def runs(self) -> list[Run]:
-        """Every run, the newest first."""
-        found = [_json(path) for path in self.root.glob(f"*/{RUN_FILE}")]
-        runs = [Run(**each) for each in found if each is not None]
+        """Every run, the newest first, but for those whose files are damaged."""
+        paths = self.root.glob(f"*/{RUN_FILE}")
+        runs = [run for path in paths if (run := self._if_whole(path, lambda: _record(path, _run))) is not None]  # noqa: B023
         return sorted(runs, key=lambda run: run.created, reverse=True)
 
     def save(
@@ -191,19 +203,24 @@ class Store:
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()
-        write(temporary)
-        note: dict[str, Any] = {
-            "time": now(),
-            "size_bytes": sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file()),
-            "user_metadata": None if user_metadata is None else dict(user_metadata),
-            "expires_at": _expiry(ttl_seconds),
-            "lora_rank": lora_rank,
-        }
-        (temporary / CHECKPOINT_FILE).write_text(json.dumps(note))
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        with self._changing:
-            _replace(final, temporary)
+        try:
+            write(temporary)
+            note: dict[str, Any] = {
+                "time": now(),
+                "size_bytes": sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file()),
+                "user_metadata": None if user_metadata is None else dict(user_metadata),
+                "expires_at": _expiry(ttl_seconds),
+                "lora_rank": lora_rank,
+            }
+            (temporary / CHECKPOINT_FILE).write_text(json.dumps(note))
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            with self._changing:
+                _replace(final, temporary)
+        except BaseException:
+            # A full disk, mostly: half of a checkpoint would keep it full.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return Checkpoint(run, kind, name, final, **note)
 
     def checkpoint(self, path: str) -> Checkpoint:
@@ -211,7 +228,7 @@ class Store:
 
         Raises:
             UsageError: The name is none.
-            CheckpointError: There is no such checkpoint, or not any more.
+            CheckpointError: There is no such checkpoint, or not any more; or its files are damaged.
         """
         parts = path.removeprefix(SCHEME).split("/")
         if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in KINDS:
@@ -229,14 +246,18 @@ class Store:
         return found
 
     def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
-        """Those of one run, or all; the newest first."""
+        """Those of one run, or all; the newest first, but for those whose files are damaged.
+
+        Raises:
+            CheckpointError: The file of the one run is damaged.
+        """
         runs = self.runs() if run_id is None else [run for run in [self.run(run_id)] if run is not None]
         found = [
             each
             for run in runs
             for kind in KINDS
             for path in _finished(self.root / run.training_run_id / kind, f"*/{CHECKPOINT_FILE}")
-            if (each := self._read(run, kind, path.parent.name)) is not None
+            if (each := self._if_whole(path, lambda: self._read(run, kind, path.parent.name))) is not None  # noqa: B023
         ]
         return sorted(found, key=lambda each: each.time, reverse=True)
 
@@ -266,7 +287,7 @@ class Store:
         """Remove what has expired."""
         for path in _finished(self.root, f"*/*/*/{CHECKPOINT_FILE}"):
             with self._changing:
-                note = _json(path)
+                note = self._if_whole(path, lambda: _record(path, _note))  # noqa: B023
                 if note is not None and _expired(note["expires_at"]):
                     remove_directory(path.parent)
 
@@ -281,25 +302,61 @@ class Store:
     def _read(self, run: Run, kind: str, name: str) -> Checkpoint | None:
         directory = self.root / run.training_run_id / kind / name
         with self._changing:
-            note = _json(directory / CHECKPOINT_FILE)
+            note = _record(directory / CHECKPOINT_FILE, _note)
         if note is None or _expired(note["expires_at"]):
             return None
         return Checkpoint(run, kind, name, directory, **{"lora_rank": run.lora_rank, **note})
 
     def _note(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        note = _json(checkpoint.directory / CHECKPOINT_FILE)
+        note = _record(checkpoint.directory / CHECKPOINT_FILE, _note)
         if note is None:
             raise CheckpointError(f"the checkpoint {checkpoint.path} has just been removed")
         return note
 
+    def _if_whole(self, path: Path, read: Callable[[], Found | None]) -> Found | None:
+        """What is read, unless its file is damaged, which the log then says once."""
+        try:
+            return read()
+        except CheckpointError as error:
+            if path not in self._told:
+                LOG.warning("left out of lists, and never expires: %s", error)
+            self._told.add(path)
+            return None
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """What a file holds, unless it is not there: another thread may have removed it since it was listed."""
+
+def _record(path: Path, read: Callable[[Path, dict[str, Any]], Found]) -> Found | None:
+    """What a file holds, unless it is not there: another thread may have removed it since it was listed.
+
+    Raises:
+        CheckpointError: It holds something else.
+    """
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        return read(path, json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}); put it right, or remove the folder it is in"
+        ) from error
+
+
+def _run(path: Path, found: dict[str, Any]) -> Run:
+    run = Run(**found)
+    _check(run.training_run_id == path.parent.name, f"it is of the run {run.training_run_id!r}")
+    texts = (run.base_model, run.served, run.created, run.last_request_time)
+    _check(all(isinstance(each, str) for each in texts), "a name or time is no text")
+    return run
+
+
+def _note(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    _check(isinstance(found["time"], str), "its time is no text")
+    _expired(found["expires_at"])
     return found
+
+
+def _check(right: bool, wrong: str) -> None:
+    if not right:
+        raise ValueError(wrong)
 
 
 def _finished(folder: Path, pattern: str) -> list[Path]:

@@ -82,7 +82,7 @@ def _row(i: int, datum: Any) -> Row:
     for chunk in datum.model_input:
         if chunk.image or chunk.dmel:
             raise UsageError(f"datum {i} holds an image or sound; the models here read text")
-        tokens += np.frombuffer(chunk.encoded_text.tokens, "<i4").tolist()
+        tokens += _numbers(f"model_input of datum {i}", chunk.encoded_text.tokens, "<i4").tolist()
     inputs = {name: _tensor(f"{name} of datum {i}", tensor) for name, tensor in datum.loss_fn_inputs.items()}
     for name, values in inputs.items():
         if len(values) != len(tokens):
@@ -97,7 +97,14 @@ def _tensor(name: str, tensor: Any) -> np.ndarray:
         raise UsageError(f"{name} has more than one dimension or is sparse; here it is one number per token")
     if tensor.dtype not in DTYPES:
         raise UsageError(f"{name} has the number type {tensor.dtype}; it must be float32, int64 or int32")
-    return np.frombuffer(tensor.dense, DTYPES[tensor.dtype])
+    return _numbers(name, tensor.dense, DTYPES[tensor.dtype])
+
+
+def _numbers(name: str, content: bytes, dtype: str) -> np.ndarray:
+    size = np.dtype(dtype).itemsize
+    if len(content) % size:
+        raise UsageError(f"{name} has {len(content)} bytes, which are no whole numbers of {size} each")
+    return np.frombuffer(content, dtype)
 
 
 def learn_response(logprobs: Sequence[Sequence[float]], metrics: Mapping[str, float]) -> bytes:

@@ -104,6 +104,37 @@ def test_every_loss_adds_up_over_tokens(client: Any):
             assert logprobs_of(found)[0][1:] == pytest.approx(p[1:], abs=1e-5)
 
 
+# -A times this, at the ratios 0.5, 0.9, 1.1, 1.5 and 5; the first is for A = 1, the second for A = -1.
+DEFAULTS = {
+    "importance_sampling": ((0.5, 0.9, 1.1, 1.5, 5.0), (0.5, 0.9, 1.1, 1.5, 5.0)),
+    "ppo": ((0.5, 0.9, 1.1, 1.2, 1.2), (0.8, 0.9, 1.1, 1.5, 5.0)),  # 0.8 to 1.2, and the worse of the two
+    "cispo": ((0.5, 0.9, 1.1, 1.5, 4.0), (0.5, 0.9, 1.1, 1.5, 4.0)),  # 0 to 4, times the log-prob
+    "gspo": ((0.5, 0.9, 1.1, 1.2, 1.2), (0.8, 0.9, 1.1, 1.5, 5.0)),  # as ppo, of a sequence
+    "dro": ((), ()),  # no ratio: the log-prob, less 0.05 / 2 times the squared difference
+    "cross_entropy": ((), ()),
+}
+
+
+@pytest.mark.parametrize("loss", DEFAULTS)
+def test_a_loss_without_settings_has_those_of_the_protocol(client: Any, loss: str):
+    model, tokens, ratios = new_model(client), [40, 41], (0.5, 0.9, 1.1, 1.5, 5.0)
+    [[p]] = logprobs_of(model.forward([datum(tokens)], "cross_entropy").result())
+    for advantage, factors in zip((1.0, -1.0), DEFAULTS[loss], strict=True):
+        # A row a ratio: sequences of one token are their own mean.
+        inputs = [{"logprobs": [p - math.log(r)], "advantages": [advantage]} for r in ratios]
+        more = {"sequence_ratio_mask": [1.0]} if loss == "gspo" else {}
+        rows = [datum(tokens, **each, **more) for each in inputs]
+        wanted = -advantage * sum(factors)
+        if loss == "cispo":
+            wanted *= p
+        elif loss == "dro":
+            wanted = -sum(p * advantage - 0.5 * 0.05 * math.log(r) ** 2 for r in ratios)
+        elif loss == "cross_entropy":
+            rows, wanted = [datum(tokens, weights=[0.5]), datum(tokens)], -1.5 * p
+        for ask in (model.forward, model.forward_backward):
+            assert ask(rows, loss).result().metrics["loss:sum"] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_a_clients_own_loss_moves_the_weights_as_the_same_loss_here(client: Any):
     def nll(given: list[Any], found: list[Any]) -> tuple[Any, dict[str, float]]:
         import torch

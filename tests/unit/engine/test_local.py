@@ -96,6 +96,17 @@ def test_where_weights_are_laid_out_for_the_cpu_merged_ones_are_kept_nowhere_els
         body.states(rows)
 
 
+def test_what_is_laid_out_for_sampling_makes_room_for_a_gradient(batch):
+    engine = LocalEngine(load_model("tiny"))
+    trainer, base = learned(engine, "q_proj"), engine.sampler()
+    said = base.logprobs([[3, 4, 5]]).result()
+    trunk = base.body().trunk
+    assert trunk in frozen_llama._KEPT
+    trainer.forward_backward(batch, "cross_entropy").result()
+    assert trunk not in frozen_llama._KEPT
+    assert base.logprobs([[3, 4, 5]]).result() == said
+
+
 def test_an_adapter_is_found_merged_after_a_whole_model_of_another_precision(monkeypatch):
     monkeypatch.setattr(frozen_llama, "multiplies_bfloat16", lambda: False)
     engine = LocalEngine(load_model("tiny", dtype="bfloat16"))

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tercet.engine.kv_cache import Decode, KeyValueCache
 from tercet.engine.local import LocalEngine
 from tercet.engine.sampler import Stops, _Rows
+from tercet.models.frozen_llama import _Linear, frozen_llama
 from tercet.models.load import load_model
 from tercet.models.quiet import quiet
 from tercet.models.tiny import tiny_model
@@ -175,3 +176,17 @@ def test_only_rows_that_may_have_ended_are_looked_at():
     stops = Stops(frozenset({7}), (), frozenset({2}), str)
     assert stops.candidates(np.array([7, 5, 2, 6]), np.array([1, 1, 1, 4]), limit=4) == [0, 2, 3]
     assert Stops(frozenset(), ("x",), frozenset(), str).candidates(np.array([3, 4]), np.array([1, 1]), 4) == [0, 1]
+
+
+def test_products_have_few_shapes_however_many_rows_there_are(monkeypatch):
+    # For every new number of rows oneDNN writes code, which it keeps.
+    if frozen_llama(*(lambda model: (model.model, model.lm_head))(load_model("tiny").model)) is None:
+        pytest.skip("weights are not laid out on this CPU")
+    rows: set[int] = set()
+    product = _Linear.__call__
+    monkeypatch.setattr(_Linear, "__call__", lambda self, x, *rest: rows.add(len(x)) or product(self, x, *rest))
+    engine = LocalEngine(load_model("tiny"))
+    params = SamplingParams(max_tokens=12, seed=1, stop=tuple(range(0, 400, 20)))
+    for n in range(1, 30):
+        engine.sampler().sample([[5, 9, 3 + i] for i in range(n)], params).result()
+    assert rows == {1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 64}

@@ -41,7 +41,7 @@ step(place, length, pieces, tied)
 said = estimate(
     read_shape(Path(place)), dtype=dtype, micro_batch_tokens=1024, longest_tokens=length, tied=tied,
 )
-print(json.dumps({"grown": peak() - before, "said": said.total - said.laid_out, "parts": said.describe()}))
+print(json.dumps({"grown": peak() - before, "said": said.total, "parts": said.describe()}))
 """
 
 

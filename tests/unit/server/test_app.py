@@ -62,9 +62,9 @@ def test_clients_are_told_to_send_pieces_that_are_taken(tmp_path: Path, body_mb:
 def test_what_the_server_cannot_do_itself_is_told_in_the_sdks_shape(tmp_path: Path):
     async def story(client: Client) -> None:
         run = await saved(client)
-        (client.service.store.root / run / "run.json").write_text("{")
+        client.service.store.root = None  # type: ignore[assignment]
         status, told = await client.ask("GET", f"training_runs/{run}")
-        assert status == 500 and told["detail"].startswith("the server failed: JSONDecodeError")
+        assert status == 500 and told["detail"].startswith("the server failed: TypeError")
         assert await client.ask("GET", "healthz") == (200, {"status": "ok"})
 
     tell(service_in(tmp_path), story)
@@ -194,5 +194,56 @@ def test_a_run_knows_when_it_was_last_asked_for_something(tmp_path: Path):
         await client.ask("POST", f"sessions/{session}/finish", {})
         await client.model(await client.session())  # it comes after the end of the other in the queue
         assert await last() == then
+
+    tell(service_in(tmp_path), story)
+
+
+def test_half_a_character_in_metadata_is_refused_and_every_list_still_comes(tmp_path: Path):
+    async def story(client: Client) -> None:
+        session = await client.session()
+        model = await client.model(session)
+        for odd in ({"a": "\ud800"}, {"\ud800": "a"}, {"a": [{"b": "x\udfff"}]}):
+            for path, body in (
+                ("create_session", {"sdk_version": "0.38.0"}),
+                ("create_model", creation(session, 1)),
+                ("save_weights", {"model_id": model, "seq_id": 1, "path": "a"}),
+            ):
+                status, told = await client.ask("POST", path, {**body, "user_metadata": odd})
+                assert status == 422 and "user_metadata" in told["detail"], path
+                assert "half of a character (surrogates not allowed); send whole ones" in told["detail"]
+        whole = {"who": "\u00e9 \U0001f600"}
+        await client.do("save_weights", {"model_id": model, "seq_id": 1, "path": "a", "user_metadata": whole})
+        assert (await client.ask("GET", "checkpoints"))[1]["checkpoints"][0]["user_metadata"] == whole
+        assert [(await client.ask("GET", path))[0] for path in ("training_runs", "sessions")] == [200, 200]
+
+    tell(service_in(tmp_path), story)
+
+
+def test_what_an_earlier_server_kept_of_half_a_character_spoils_no_list(tmp_path: Path):
+    async def story(client: Client) -> None:
+        run = await saved(client, "a")
+        note = client.service.store.root / run / "weights" / "a" / "checkpoint.json"
+        note.write_text(note.read_text().replace('"user_metadata": null', '"user_metadata": {"a\\udfff": "\\ud800b"}'))
+        status, told = await client.ask("GET", "checkpoints")
+        assert (status, told["checkpoints"][0]["user_metadata"]) == (200, {"a?": "?b"})
+
+    tell(service_in(tmp_path), story)
+
+
+def test_a_damaged_record_is_told_to_who_asks_for_it_and_spoils_no_list(tmp_path: Path):
+    async def story(client: Client) -> None:
+        run = await saved(client, "a", "b")
+        folder = client.service.store.root / run
+        (folder / "weights" / "a" / "checkpoint.json").write_text("{")
+        for path in ("checkpoints", f"training_runs/{run}/checkpoints"):
+            status, told = await client.ask("GET", path)
+            assert (status, [each["checkpoint_id"] for each in told["checkpoints"]]) == (200, ["weights/b"])
+        status, told = await client.ask("POST", "weights_info", {"tinker_path": f"tinker://{run}/weights/a"})
+        assert status == 404 and "weights/a/checkpoint.json is damaged (JSONDecodeError" in told["detail"]
+        (folder / "run.json").write_text("{")
+        for path in ("checkpoints", "training_runs"):
+            assert (await client.ask("GET", path))[1]["cursor"]["total_count"] == 0
+        status, told = await client.ask("GET", f"training_runs/{run}")
+        assert status == 404 and "run.json is damaged" in told["detail"]
 
     tell(service_in(tmp_path), story)

@@ -179,6 +179,58 @@ def test_data_to_learn_from_wait_up_to_a_limit_and_find_room_once_some_are_done(
     asyncio.run(ask_all())
 
 
+def test_what_one_client_lets_wait_leaves_every_other_its_share(tmp_path):
+    async def ask_all() -> None:
+        server = service(tmp_path, waiting_mb=3, session_timeout_s=1000.0)
+        models = []
+        worker = asyncio.create_task(server.schedule.run())
+        for _ in range(3):
+            session = server.open_session(CreateSession())
+            made = server.create_model(CreateModel(session_id=session.session_id, model_seq_id=0, base_model="fake"))
+            await made.done.wait()
+            models.append(told(made)["model_id"])
+        worker.cancel()
+
+        def learn(model: str, seq_id: int, size: int = 1_000_000) -> Promise:
+            sent = request(([1, 2], [2, 3]), model_id=model, seq_id=seq_id)
+            return server.learn(LearnRequest(model, seq_id, sent.loss, sent.forward_only, sent.message, size))
+
+        hog, other, third = models
+        for seq_id in (2, 3, 4):
+            learn(hog, seq_id)  # request 1 does not come
+        with pytest.raises(Busy):
+            learn(hog, 5)
+        # Of two sessions each has 1.5 MB, of three 1 MB.
+        asked = [learn(other, 1), learn(other, 2)]
+        with pytest.raises(Busy):
+            learn(other, 3)
+        asked.append(learn(third, 1))
+        with pytest.raises(Busy):
+            learn(third, 2)
+        worker = asyncio.create_task(server.schedule.run())
+        await asyncio.gather(*(each.done.wait() for each in asked))
+        assert server.backlog.bytes == 3_000_000
+        await asyncio.wait_for(learn(other, 3).done.wait(), 60)
+        worker.cancel()
+
+    asyncio.run(ask_all())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "wanted"),
+    [
+        (lambda datum: ("dense", datum.loss_fn_inputs["target_tokens"], 15), "target_tokens of datum 1 has 15 bytes"),
+        (lambda datum: ("tokens", datum.model_input[0].encoded_text, 7), "model_input of datum 1 has 7 bytes"),
+    ],
+)
+def test_numbers_that_are_cut_short_are_told_to_be_the_clients_own_mistake(spoil, wanted):
+    sent = request(([1, 2], [2, 3]), ([1, 2], [2, 3]))
+    name, holder, size = spoil(sent.message.data[1])
+    setattr(holder, name, getattr(holder, name)[:size])
+    with pytest.raises(UsageError, match=f"{wanted}, which are no whole numbers of [48] each"):
+        sent.rows()
+
+
 def test_a_rank_beyond_all_use_is_refused():
     assert Lora(rank=1024).config().rank == 1024
     with pytest.raises(UsageError, match="the LoRA rank is 1025; here it is from 1 to 1024"):

@@ -76,11 +76,10 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_half_of_the_new(store):
 
     with pytest.raises(OSError, match="disk full"):
         store.save(RUN, "weights", "a", write, ttl_seconds=None, user_metadata=None, overwrite=True)
-    assert [path.name for path in (store.root / RUN / "weights").glob("*.tmp-*")] != []
+    assert [path.name for path in (store.root / RUN / "weights").iterdir()] == ["a"]
     again = Store(store.root)
     assert [each.name for each in again.checkpoints()] == ["a"]
     assert (again.checkpoint(f"tinker://{RUN}/weights/a").directory / "file").read_text() == "1"
-    assert [path.name for path in (store.root / RUN / "weights").iterdir()] == ["a"]
 
 
 def test_what_has_expired_is_not_served_and_is_removed(store):
@@ -181,3 +180,56 @@ def test_a_checkpoint_keeps_the_rank_it_was_saved_with(store):
     record = store.checkpoint(path).directory / "checkpoint.json"
     record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "lora_rank"}))
     assert store.checkpoint(path).lora_rank == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "TypeError"),
+        (None, "IsADirectoryError"),
+        ({"training_run_id": "sess-3:train:0"}, "ValueError: it is of the run 'sess-3:train:0'"),
+        ({"created": 5}, "ValueError: a name or time is no text"),
+    ],
+)
+def test_a_damaged_run_is_left_out_of_lists_which_the_log_says_once_and_told_to_who_asks_for_it(
+    store, content, told, caplog
+):
+    save(store)
+    other = "sess-2:train:0"
+    store.begin(Run(other, "tiny", "tiny", 4, None, now(), now()))
+    path = store.root / other / "run.json"
+    written = json.loads(path.read_text())
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps({**written, **content}))
+    for _ in range(2):
+        assert [run.training_run_id for run in store.runs()] == [RUN]
+        assert [each.name for each in store.checkpoints()] == ["a"]
+    [said] = caplog.messages
+    assert said.startswith(f"left out of lists, and never expires: {path} is damaged ({told}")
+    for ask in (lambda: store.run(other), lambda: store.checkpoints(other)):
+        with pytest.raises(CheckpointError, match="run.json is damaged .*; put it right, or remove the folder it is"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"time": 5, "expires_at": null}', '{"time": "a", "expires_at": "then"}']
+)
+def test_a_damaged_checkpoint_hides_no_other_and_is_neither_served_nor_removed(store, content, caplog):
+    save(store)
+    path = save(store, "b").directory / "checkpoint.json"
+    brief = save(store, "brief")
+    store.expire_in(brief, 0)
+    path.write_text(content)
+    for _ in range(2):
+        assert [each.name for each in store.checkpoints()] == ["a"]
+        store.tidy()
+    assert path.exists() and not brief.directory.exists()
+    [said] = caplog.messages
+    assert said.startswith(f"left out of lists, and never expires: {path} is damaged")
+    with pytest.raises(CheckpointError, match=r"b/checkpoint.json is damaged"):
+        store.checkpoint(f"tinker://{RUN}/weights/b")
