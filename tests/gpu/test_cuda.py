@@ -34,7 +34,7 @@ def batch() -> Batch:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_kernel_and_its_gradients_are_a_masked_softmax(dtype: torch.dtype) -> None:
     assert error_of(compiled(), 6, 2, 64, dtype, torch.device("cuda")) < TOLERANCE
-    assert works(6, 2, 64, dtype)
+    assert works(6, 2, 64, dtype, torch.device("cuda"))
 
 
 def test_bfloat16_logprobs_on_the_gpu_are_those_of_float32_on_the_cpu(engines: tuple[LocalEngine, LocalEngine]) -> None:

@@ -6,6 +6,7 @@ kernel at its first use. Where that fails, or the kernel gives other numbers, sp
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class FlexLayout:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `tercet.models.tree_attention.Layout`."""
-        if not works(query.shape[0], key.shape[0], query.shape[2], query.dtype):
+        if not works(query.shape[0], key.shape[0], query.shape[2], query.dtype, query.device):
             return self._spans.attend(layer, query, key, value, scale)
         return fused(compiled(), query, key, value, self.mask, scale)
 
@@ -68,38 +69,52 @@ def fused(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Block
 
 @cache
 def compiled() -> Kernel:
-    """The kernel, compiled once for rows of all lengths."""
+    """The kernel, compiled for rows of all lengths."""
+    from torch._dynamo import config
+
+    # With a gradient or without, short rows, one block of mask or more: each is compiled, and beyond the limit nothing
+    # would be fused.
+    config.recompile_limit = max(64, config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True)
 
 
 @cache
-def works(heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> bool:
-    """Try the compiled kernel on CUDA, forward and backward, once; if it cannot be used, that is said."""
+def works(heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Try the compiled kernel once, forward and backward, and without gradient on a row so short that torch has another
+    kernel for it; if it cannot be used, that is said."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            apart = error_of(compiled(), heads, kv_heads, d, dtype, torch.device("cuda"))
+            apart = [error_of(compiled(), heads, kv_heads, d, dtype, device)]
+        with torch.inference_mode():
+            apart.append(error_of(compiled(), heads, kv_heads, d, dtype, device, 13))
     except Exception as error:  # Triton, its compiler and the driver raise whatever they like
         found = f"fails here: {error}"
     else:
-        if apart < TOLERANCE:
+        if all(each < TOLERANCE for each in apart):
             return True
-        found = f"is off here, by {apart:.2g} of the largest number"
+        found = f"is off here, by {' and '.join(f'{each:.2g}' for each in apart)} of the largest number"
     warnings.warn(f"FlexAttention {found}; attention is computed span by span instead, slower", stacklevel=2)
     return False
 
 
-def error_of(kernel: Kernel, heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.device) -> float:
-    """How far output and gradients of a small trie are off those of a masked softmax, of the largest number in each."""
-    # A trunk of 100 tokens and two branches.
-    ends = torch.tensor([300] * 100 + [200] * 100 + [300] * 100, device=device)
+def error_of(
+    kernel: Kernel, heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.device, n: int = 100
+) -> float:
+    """How far a small trie's output, and its gradients where there are any, are off those of a masked softmax, of the
+    largest number in each."""
+    # A trunk of n tokens and two branches.
+    ends = torch.tensor([3 * n] * n + [2 * n] * n + [3 * n] * n, device=device)
     draw = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(n, 300, d, generator=draw).to(device, dtype) for n in (heads, kv_heads, kv_heads, heads)]
+    inputs = [torch.randn(k, 3 * n, d, generator=draw).to(device, dtype) for k in (heads, kv_heads, kv_heads, heads)]
     found = _with_gradients(lambda q, k, v: fused(kernel, q, k, v, block_mask(ends), d**-0.5), inputs)
     wanted = _with_gradients(lambda q, k, v: _masked_softmax(q, k, v, ends, d**-0.5), [x.double() for x in inputs])
-    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+    apart = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True)]
+    return max(apart) if all(map(math.isfinite, apart)) else math.nan
 
 
 def _with_gradients(attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    if not torch.is_grad_enabled():
+        return [attention(*inputs[:3])]
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     out = attention(q, k, v)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,8 +68,8 @@ def test_a_kernel_that_cannot_be_compiled_is_not_used_and_that_is_said(monkeypat
 
     monkeypatch.setattr(flex, "error_of", broken)
     with pytest.warns(UserWarning, match="FlexAttention fails here: no Triton; attention is computed span by span"):
-        assert not flex.works(6, 2, 16, torch.bfloat16)
-    assert not flex.works(6, 2, 16, torch.bfloat16)  # tried and said once
+        assert not flex.works(6, 2, 16, torch.bfloat16, CPU)
+    assert not flex.works(6, 2, 16, torch.bfloat16, CPU)  # tried and said once
     flex.works.cache_clear()
 
 
@@ -77,18 +79,31 @@ def test_a_kernel_that_is_off_is_not_used(error: float, works: bool, monkeypatch
     monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
     monkeypatch.setattr(flex, "error_of", lambda *_: error)
     if works:
-        assert flex.works(6, 2, 16, torch.bfloat16)
+        assert flex.works(6, 2, 16, torch.bfloat16, CPU)
     else:
         with pytest.warns(UserWarning, match="FlexAttention is off here"):
-            assert not flex.works(6, 2, 16, torch.bfloat16)
+            assert not flex.works(6, 2, 16, torch.bfloat16, CPU)
     flex.works.cache_clear()
 
 
 def test_the_trial_measures_how_far_a_kernel_is_off() -> None:
     def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: object) -> torch.Tensor:
         """The masked softmax of the trial's own trie, which has gradients on a CPU."""
-        ends = torch.tensor([300] * 100 + [200] * 100 + [300] * 100)
+        n = query.shape[2] // 3
+        ends = torch.tensor([3 * n] * n + [2 * n] * n + [3 * n] * n)
         return flex._masked_softmax(query[0], key[0], value[0], ends, 0.25)[None]
 
     assert flex.error_of(dense, 6, 2, 16, torch.float32, CPU) < 1e-5
     assert flex.error_of(lambda *a, **k: 1.1 * dense(*a, **k), 6, 2, 16, torch.float32, CPU) > 0.05
+    with torch.inference_mode():
+        assert flex.error_of(dense, 6, 2, 16, torch.float32, CPU, 13) < 1e-5
+    assert math.isnan(flex.error_of(lambda *a, **k: math.nan * dense(*a, **k), 6, 2, 16, torch.float32, CPU))
+
+
+def test_short_rows_without_gradient_are_tried_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    flex.works.cache_clear()
+    monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
+    monkeypatch.setattr(flex, "error_of", lambda *given: 0.5 if given[6:] == (13,) else 0.01)
+    with pytest.warns(UserWarning, match=r"is off here, by 0.01 and 0.5 of the largest"):
+        assert not flex.works(6, 2, 16, torch.bfloat16, CPU)
+    flex.works.cache_clear()
