@@ -80,7 +80,11 @@ def listen(
     except KeyboardInterrupt:
         say(f"stopped; saved checkpoints are in {root}, and a server started there again serves them")
         say(f"{service.schedule.drawn} requests to sample were drawn in {service.schedule.calls} calls of the engine")
-        if not service.schedule.rests_within(GRACE_S):
+        try:
+            rests = service.schedule.rests_within(GRACE_S)
+        except KeyboardInterrupt:  # who cannot wait
+            rests = False
+        if not rests:
             # Python would wait for the engine's thread, which may draw for hours yet.
             sys.stdout.flush()
             sys.stderr.flush()

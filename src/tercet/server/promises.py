@@ -81,8 +81,8 @@ class Promises:
             kept_s: How long an answer stays after it was first fetched: the reply may have been lost on the way.
             kept_unfetched_s: How long one stays that nobody fetched; one about a model in training stays as long, or
                 until a request that its client made after it fetched this one is fetched too.
-            most_bytes: What answers may take; beyond, those that were fetched go first, then samples, then the others,
-                of each the oldest. The newest stays.
+            most_bytes: What answers may take; beyond, samples that were fetched go first, then those that were not,
+                then answers about models, of each the oldest. The newest stays.
         """
         self.kept_s, self.kept_unfetched_s, self.most_bytes = kept_s, kept_unfetched_s, most_bytes
         self.by_id: dict[str, Promise] = {}
@@ -91,7 +91,7 @@ class Promises:
         """What answers take."""
         self.waiting_bytes = 0
         """What requests without an answer take, as far as it is counted."""
-        # Those that were fetched, samples that were not, and what else was not; the oldest first.
+        # Samples that were fetched, those that were not, and answers about models; the oldest first.
         self._answered: tuple[OrderedDict[Promise, int], ...] = (OrderedDict(), OrderedDict(), OrderedDict())
 
     def of(self, key: Hashable, session_id: str, model_id: str = "") -> tuple[Promise, bool]:
@@ -125,7 +125,7 @@ class Promises:
         now = time.monotonic()
         # When the last of the requests was made whose answer was fetched.
         went_on: dict[str, float] = {}
-        for promise in self._answered[0]:
+        for promise in (each for each in self._answered[2] if each.fetched_at is not None):
             went_on[promise.model_id] = max(promise.made_at, went_on.get(promise.model_id, 0.0))
         for promise in [each for queue in self._answered for each in queue]:
             fetched = promise.fetched_at
@@ -145,7 +145,7 @@ class Promises:
         self._take(promise)
         assert promise.answer is not None
         size = PROMISE_BYTES + len(promise.answer.content)
-        self._answered[0 if promise.fetched_at is not None else 2 if promise.model_id else 1][promise] = size
+        self._answered[2 if promise.model_id else 1 if promise.fetched_at is None else 0][promise] = size
         self.bytes += size
         for queue in self._answered:
             while self.bytes > self.most_bytes and (oldest := next(iter(queue), promise)) is not promise:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from tercet.server.wire import LearnRequest
 # They are waited for as long as they keep coming, but not for long.
 QUIET_S, GATHER_S = 0.015, 0.5
 # What one call draws at most, so that others get their turn: four times what an engine that decodes 128 rows side by
-# side draws of usual answers, and never fewer samples than fill its rows.
-CALL_TOKENS, CALL_SAMPLES = 4 * 128 * 512, 128
+# side draws of usual answers, and never fewer samples than fill its rows four times, of which the short ones make room.
+CALL_TOKENS, CALL_SAMPLES = 4 * 128 * 512, 4 * 128
 
 
 @dataclass
@@ -33,23 +33,36 @@ class _Group:
     first_at: float
     last_at: float
     draws: list[Draw] = field(default_factory=list)
+    had: dict[str, int] = field(default_factory=dict)
+    """How many of each session's requests were taken."""
+
+    @property
+    def most(self) -> int:
+        """How many of them one call takes."""
+        samples = max(CALL_SAMPLES, CALL_TOKENS // self.draws[0].params.max_tokens)
+        return math.ceil(samples / self.draws[0].n)
 
     def ripe_at(self) -> float:
+        if len(self.draws) >= self.most:
+            return self.first_at
         return min(self.last_at + QUIET_S, self.first_at + GATHER_S)
 
     def take(self) -> list[Draw]:
-        """What one call draws of them, of whoever asked in turn."""
-        asked: Counter[str] = Counter()
+        """What one call draws of them, of whoever asked in turn; who comes late begins with those who had least."""
+        waiting = {draw.promise.session_id for draw in self.draws}
+        least = min((self.had[session] for session in waiting if session in self.had), default=0)
+        asked = {session: self.had.get(session, least) for session in waiting}
 
         def turn(draw: Draw) -> int:
             asked[draw.promise.session_id] += 1
             return asked[draw.promise.session_id]
 
-        waiting = sorted(self.draws, key=turn)
-        samples = max(CALL_SAMPLES, CALL_TOKENS // waiting[0].params.max_tokens)
-        most = math.ceil(samples / waiting[0].n)
-        self.draws = waiting[most:]
-        return waiting[:most]
+        most, in_turn = self.most, sorted(self.draws, key=turn)
+        self.had = {session: self.had.get(session, least) for session in waiting}
+        for draw in in_turn[:most]:
+            self.had[draw.promise.session_id] += 1
+        self.draws = in_turn[most:]
+        return in_turn[:most]
 
 
 Kind = Literal["learns", "saves", "other"]
@@ -79,6 +92,8 @@ class Schedule:
         self._news = asyncio.Event()
         self.drawing: list[Draw] = []
         """What the engine samples now."""
+        self._left: set[Promise] = set()
+        """Those of them that are not wanted any more."""
         # Everything the engine does happens in this one thread.
         self._thread = ThreadPoolExecutor(1, "engine")
         self._doing: Future[Sequence[Answer]] | None = None
@@ -107,7 +122,8 @@ class Schedule:
     def drop(self, unwanted: Callable[[Promise], bool]) -> list[Promise]:
         """Take out samples that are not wanted any more: those that wait, and a call of which no other is wanted."""
         begun = [draw.promise for draw in self.drawing if not draw.promise.done.is_set()]
-        dropped = begun if all(unwanted(promise) for promise in begun) else []
+        self._left.update(promise for promise in begun if unwanted(promise))
+        dropped = begun if self._left.issuperset(begun) else []
         for key, group in list(self.groups.items()):
             gone = [draw for draw in group.draws if unwanted(draw.promise)]
             dropped += [draw.promise for draw in gone]
@@ -154,6 +170,7 @@ class Schedule:
                 for draw, found in zip(draws, answers, strict=True):
                     draw.promise.keep(found)
                 self.drawing = []
+                self._left.clear()
                 # The others wait as if they had just come.
                 group.first_at = time.monotonic()
             else:
@@ -191,6 +208,8 @@ class Backlog:
     def _fits(self, session_id: str) -> bool:
         if self.bytes < self.most_bytes:
             return True
+        if self.bytes >= 2 * self.most_bytes:
+            return False
         sessions = {promise.session_id for promise in self._sizes} | {session_id}
         own = sum(size for promise, size in self._sizes.items() if promise.session_id == session_id)
         return own < self.most_bytes / len(sessions)

@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -345,13 +345,22 @@ def _run(path: Path, found: dict[str, Any]) -> Run:
     _check(run.training_run_id == path.parent.name, f"it is of the run {run.training_run_id!r}")
     texts = (run.base_model, run.served, run.created, run.last_request_time)
     _check(all(isinstance(each, str) for each in texts), "a name or time is no text")
+    _check_metadata(run.user_metadata)
     return run
 
 
 def _note(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     _check(isinstance(found["time"], str), "its time is no text")
+    _check(isinstance(found["size_bytes"], int), "its size is no number")
+    _check_metadata(found["user_metadata"])
     _expired(found["expires_at"])
+    more = set(found) - {each.name for each in fields(Checkpoint)}
+    _check(not more, f"it has {', '.join(sorted(more))}, which means nothing here")
     return found
+
+
+def _check_metadata(found: object) -> None:
+    _check(found is None or isinstance(found, dict), "its user_metadata are no table")
 
 
 def _check(right: bool, wrong: str) -> None:

@@ -20,7 +20,7 @@ from tercet.errors import UsageError
 from tercet.server.promises import Promise, Promises, answer
 from tercet.server.requests import Sample
 from tercet.server.sampling import Draw, read_draw
-from tercet.server.schedule import QUIET_S, Schedule
+from tercet.server.schedule import QUIET_S, Schedule, _Group
 from tercet.server.served import Limits
 from tercet.server.wire import MESSAGES
 
@@ -216,6 +216,19 @@ def test_a_large_group_is_drawn_in_slices_between_which_others_have_their_turn(m
     assert len(samples(late[0].promise)) == 1 and len(samples(late[1].promise)) == 2
 
 
+def test_sessions_take_turns_from_slice_to_slice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tercet.server.schedule.CALL_TOKENS", 1)
+    monkeypatch.setattr("tercet.server.schedule.CALL_SAMPLES", 2)
+    group = _Group(CountingSampler, 0.0, 0.0)
+    group.draws = [of_session(name, draw_of(i, num_samples=2)) for i, name in enumerate("aaabbc")]
+    assert group.ripe_at() == 0.0  # there is a whole slice
+    taken = [group.take()[0].promise.session_id for _ in range(3)]
+    group.draws.append(of_session("d", draw_of(9, num_samples=2)))  # who comes late is not given what others had
+    while group.draws:
+        taken.append(group.take()[0].promise.session_id)
+    assert taken == ["a", "b", "c", "a", "b", "d", "a"]
+
+
 def test_between_slices_what_nobody_wants_any_more_is_dropped(monkeypatch: pytest.MonkeyPatch):
     def happens(schedule: Schedule, sampler: CountingSampler, log: list[Any]) -> None:
         assert len(schedule.drop(lambda promise: promise.session_id == "0")) == 7
@@ -239,8 +252,9 @@ def test_a_call_that_nobody_wants_any_more_ends_where_its_next_samples_would_ent
 
     def leave() -> None:
         promises = Promises(kept_s=0.0, kept_unfetched_s=0.0, most_bytes=1)
-        for promise in schedule.drop(lambda promise: promise.session_id in leaves):
-            promises.forget(promise)
+        for session in sorted(leaves):  # one after another, as sessions end
+            for promise in schedule.drop(lambda promise: promise.session_id == session):  # noqa: B023
+                promises.forget(promise)
 
     sampler = FakeEngine(vocabulary=4, decode=decode, budgets=Budgets(max_rows=2)).sampler()
     draws = [of_session(str(i), draw_of(i, num_samples=4, params={"stop": "never"})) for i in range(2)]

@@ -217,7 +217,17 @@ def test_a_damaged_run_is_left_out_of_lists_which_the_log_says_once_and_told_to_
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"time": 5, "expires_at": null}', '{"time": "a", "expires_at": "then"}']
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"time": 5, "expires_at": null}',
+        '{"time": "a", "expires_at": "then"}',
+        '{"time": "a", "expires_at": null, "user_metadata": null}',
+        '{"time": "a", "expires_at": null, "size_bytes": 5, "user_metadata": ["a"]}',
+        '{"time": "a", "expires_at": null, "size_bytes": 5, "user_metadata": null, "colour": "red"}',
+    ],
 )
 def test_a_damaged_checkpoint_hides_no_other_and_is_neither_served_nor_removed(store, content, caplog):
     save(store)
