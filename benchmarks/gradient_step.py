@@ -13,30 +13,54 @@ from measuring import Once, Row, Run, Work, timed
 if TYPE_CHECKING:
     import torch
 
+    from tercet.engine.local import LocalEngine
+
 
 # In float32 transformers' own gradient is 1e-4 of its length off the one in float64, ours 1e-5; a product with a random
 # vector has three times that now and then.
 TOLERANCES = {"gradient_direction": 5e-4}
 
 
+Step = Callable[[], float]
+"""A gradient step; its loss."""
+
+
 def tries(work: Work) -> Once:
+    base = engine(work)
+    step, parameters = trie_step(work, base)
+    rows = rows_of_groups(work)
+    flops = learning_flops(base.model, [[*p, *a] for p, a in rows], sum(len(answer) for _, answer in rows))
+    return _once(rows, step, parameters, flops)
+
+
+def trie_step(work: Work, base: LocalEngine) -> tuple[Step, Mapping[str, torch.nn.Parameter]]:
+    """Our step, and the adapter that has the gradient."""
     from tercet.types import Batch
 
-    base = engine(work)
     trainer = base.trainer(lora=lora(work))
     fill_adapter(trainer.parameters.items())
-    rows = rows_of_groups(work)
-    batch = Batch([datum(prompt, answer) for prompt, answer in rows])
-    predicted = sum(len(answer) for _, answer in rows)
-    flops = learning_flops(base.model, [d.tokens for d in batch.data], predicted)
+    batch = Batch([datum(prompt, answer) for prompt, answer in rows_of_groups(work)])
+    return lambda: trainer.forward_backward(batch, "cross_entropy").result().loss, trainer.parameters
 
+
+def _once(
+    rows: list[tuple[list[int], list[int]]],
+    step: Step,
+    parameters: Mapping[str, torch.nn.Parameter],
+    flops: float = 0.0,
+) -> Once:
     def once() -> Run:
-        trainer.optimizer.zero_grad()
-        seconds, step = timed(lambda: trainer.forward_backward(batch, "cross_entropy").result())
-        same = {"loss": step.loss, **of_gradient(trainer.parameters)}
-        return Run(seconds, sum(len(d.tokens) for d in batch.data), flops, same)
+        for parameter in parameters.values():
+            parameter.grad = None
+        seconds, loss = timed(step)
+        return Run(seconds, sum(len(p) + len(a) for p, a in rows), flops, {"loss": loss, **of_gradient(parameters)})
 
     return once
+
+
+def place_of(name: str) -> str:
+    """What a parameter of an adapter is called on both sides."""
+    return name.split("layers.")[-1].replace(".default", "")
 
 
 def of_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, float]:
@@ -50,36 +74,43 @@ def of_gradient(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, float
     found = gradient_numbers(parameters.values())
     product = 0.0
     for name, parameter in parameters.items():
-        place = name.split("layers.")[-1].replace(".default", "")
-        drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(crc32(place.encode())))
-        product += float((parameter.grad.double() * drawn).sum()) if parameter.grad is not None else 0.0
+        drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(crc32(place_of(name).encode())))
+        product += float((parameter.grad.double().cpu() * drawn).sum()) if parameter.grad is not None else 0.0
     return {**found, "gradient_direction": exp(product / found["gradient_norm"])}
 
 
 def padded_rows(work: Work) -> Once:
+    from trl_steps import peft_model
+
+    return _once(rows_of_groups(work), *padded_step(work, peft_model(work)))
+
+
+def padded_step(work: Work, model: Any) -> tuple[Step, Mapping[str, torch.nn.Parameter]]:
     """As TRL lays a batch out: prompts padded on the left, answers on the right, the head on all places of answers."""
     rows = rows_of_groups(work)
     wide = max(len(prompt) for prompt, _ in rows)
     long = max(len(answer) for _, answer in rows)
 
     def loss(model: Any, part: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        tokens, attention, weights = laid_out(part, wide, long)
+        tokens, attention, weights = laid_out(part, wide, long, work.device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         logits = model(
             input_ids=tokens, attention_mask=attention, position_ids=positions, logits_to_keep=long + 1
         ).logits
         return -(logprobs_of(logits[:, :-1], tokens[:, -long:]) * weights).sum()
 
-    return _padded(work, rows, loss)
+    return _padded(work, model, rows, loss)
 
 
 def sorted_rows(work: Work) -> Once:
     """Rows in order of length, padded on the right to the longest of a few, the head on answers alone: what a trainer
     can save without tries."""
     import torch
+    from trl_steps import peft_model
 
     def loss(model: Any, part: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        tokens, attention, _ = laid_out([([], [*p, *a]) for p, a in part], 0, max(len(p) + len(a) for p, a in part))
+        whole = [([], [*p, *a]) for p, a in part]
+        tokens, attention, _ = laid_out(whole, 0, max(len(text) for _, text in whole), work.device)
         answers = torch.zeros_like(attention, dtype=torch.bool)
         for i, (prompt, answer) in enumerate(part):
             answers[i, len(prompt) : len(prompt) + len(answer)] = True
@@ -88,23 +119,23 @@ def sorted_rows(work: Work) -> Once:
         logits = plain.get_output_embeddings()(hidden[:, :-1][answers[:, 1:]])
         return -logprobs_of(logits, tokens[answers]).sum()
 
-    return _padded(work, sorted(rows_of_groups(work), key=lambda row: len(row[0]) + len(row[1])), loss)
+    rows = sorted(rows_of_groups(work), key=lambda row: len(row[0]) + len(row[1]))
+    return _once(rows, *_padded(work, peft_model(work), rows, loss))
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of each token under the logits that predict it."""
+    """Of each token under the logits that predict it, in float32 or finer."""
+    logits = logits if logits.element_size() > 4 else logits.float()
     return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def _padded(
     work: Work,
+    model: Any,
     rows: list[tuple[list[int], list[int]]],
     summed: Callable[[Any, list[tuple[list[int], list[int]]]], torch.Tensor],
-) -> Once:
-    """A few rows at a time, of which a function gives the summed loss."""
-    from trl_steps import peft_model
-
-    model = peft_model(work)
+) -> tuple[Step, Mapping[str, torch.nn.Parameter]]:
+    """A few rows at a time, of which a function gives the summed loss; and the adapter that has the gradient."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fill_adapter(parameters.items())
     size = work.settings["micro_batch_rows"]
@@ -119,12 +150,7 @@ def _padded(
             total += float(loss.detach())
         return total
 
-    def once() -> Run:
-        model.zero_grad()
-        seconds, loss = timed(step)
-        return Run(seconds, sum(len(p) + len(a) for p, a in rows), 0.0, {"loss": loss, **of_gradient(parameters)})
-
-    return once
+    return step, parameters
 
 
 ROW = Row(
@@ -140,4 +166,11 @@ SORTED = Row(
     {"tercet": tries, "sorted": sorted_rows},
     target=1.0,
     tolerances=TOLERANCES,
+)
+MFU = Row(
+    "mfu",
+    "operations of the gradient step over the GEMM peak of its dtype",
+    {"tercet": tries},
+    target=0.45,
+    of="arithmetic",
 )

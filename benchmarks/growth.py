@@ -1,4 +1,5 @@
-"""How the time of a gradient step grows: with the tokens, and with the size of groups at a fixed number of tokens."""
+"""How the time of a gradient step grows: with the tokens, with the length of rows, and with the size of groups at a
+fixed number of tokens."""
 
 from __future__ import annotations
 
@@ -66,7 +67,15 @@ def group_size(work: Work) -> Once:
     return _grown(work, batches)
 
 
+def length(work: Work) -> Once:
+    """As many rows every time, longer and longer, in the engine's own budget of tokens."""
+    rows = range(work.settings["growth_rows"])
+    batches = [(float(each), [_row(work, i, i, each) for i in rows]) for each in work.settings["growth_lengths"]]
+    return _grown(work, batches)
+
+
 TOKENS = Row("tokens", "growth: seconds over tokens", {"tercet": tokens}, target=1.1, of="slope")
 GROUP_SIZE = Row(
     "group-size", "growth: seconds over group size, as many tokens", {"tercet": group_size}, 1.1, of="slope"
 )
+LENGTH = Row("length", "growth: seconds over the length of 4 rows", {"tercet": length}, target=1.1, of="slope")

@@ -18,7 +18,7 @@ def engine(work: Work) -> LocalEngine:
     from tercet.engine.local import LocalEngine
     from tercet.models.load import load_model
 
-    return LocalEngine(load_model(work.model))
+    return LocalEngine(load_model(work.model, dtype=work.dtype, device=work.device))
 
 
 def lora(work: Work) -> LoraConfig:
@@ -55,7 +55,7 @@ def rows_of_groups(work: Work) -> list[tuple[list[int], list[int]]]:
 
 
 def laid_out(
-    rows: Sequence[tuple[list[int], list[int]]], wide: int, long: int
+    rows: Sequence[tuple[list[int], list[int]]], wide: int, long: int, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens and attention mask (B, wide + long), weights of answers (B, long): prompts end where answers begin."""
     import torch
@@ -67,7 +67,7 @@ def laid_out(
         tokens[i, place] = torch.tensor([*prompt, *answer])
         attention[i, place] = 1
         weights[i, : len(answer)] = 1
-    return tokens, attention, weights
+    return tokens.to(device), attention.to(device), weights.to(device)
 
 
 def datum(prompt: Sequence[int], answer: Sequence[int], **streams: Sequence[float]) -> Datum:
@@ -80,6 +80,11 @@ def datum(prompt: Sequence[int], answer: Sequence[int], **streams: Sequence[floa
         [*nothing, *[1.0] * len(answer)],
         {name: [*nothing, *values] for name, values in streams.items()},
     )
+
+
+def head_dim(config: Any) -> int:
+    """Width of a head, which not every kind of config tells."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def learning_flops(model: Any, sequences: Sequence[Sequence[int]], predicted: int) -> float:
@@ -100,5 +105,5 @@ def learning_flops(model: Any, sequences: Sequence[Sequence[int]], predicted: in
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     frozen = linear - embedding - (0 if tied else head)
     config = model.config
-    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    width = config.num_hidden_layers * config.num_attention_heads * head_dim(config)
     return tokens * (4.0 * frozen + 6.0 * adapters) + 4.0 * predicted * head + 12.0 * pairs * width

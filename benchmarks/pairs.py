@@ -118,7 +118,9 @@ def trl_reward(work: Work) -> Once:
     rows = work.pairs[: work.settings["pairs"]]
 
     def trainer(settings: dict[str, Any], callbacks: list[Any]) -> RewardTrainer:
-        model = AutoModelForSequenceClassification.from_pretrained(work.model, num_labels=1, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            work.model, num_labels=1, dtype=getattr(torch, work.dtype)
+        )
         model.config.pad_token_id = reader.pad_token_id
         _fill_head(model.score.weight)
         return RewardTrainer(

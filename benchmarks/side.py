@@ -13,4 +13,4 @@ if __name__ == "__main__":
     row, side, file = sys.argv[1:]
     work = Work(**json.loads(Path(file).read_text()))
     # Memory is measured from the first run on, and growth times several sizes itself.
-    serve(ROWS[row].sides[side], work, warm_up=ROWS[row].of in ("seconds", "arithmetic"))
+    serve(ROWS[row].sides[side], work, warm_up=ROWS[row].of in ("seconds", "arithmetic", "bandwidth"))

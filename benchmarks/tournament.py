@@ -62,7 +62,8 @@ def rows(work: Work) -> Once:
         with torch.inference_mode():
             for at in range(0, len(prompts), size):
                 part = prompts[at : at + size]
-                tokens, attention, _ = laid_out([([], prompt) for prompt in part], 0, max(map(len, part)))
+                rows = [([], prompt) for prompt in part]
+                tokens, attention, _ = laid_out(rows, 0, max(map(len, part)), work.device)
                 hidden = model.get_decoder()(input_ids=tokens, attention_mask=attention).last_hidden_state
                 last = hidden[range(len(part)), [len(prompt) - 1 for prompt in part]]
                 found += torch.log_softmax(model.get_output_embeddings()(last), -1)[:, ends].tolist()

@@ -24,11 +24,11 @@ def tokenizer(work: Work) -> Any:
 
 
 def plain_model(work: Work) -> Any:
-    """As transformers loads it: float32, its own attention (sdpa)."""
+    """As transformers loads it: in the work's dtype, its own attention (sdpa)."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.dtype)).to(work.device).eval()
 
 
 def lora_config(work: Work, task: str = "CAUSAL_LM") -> Any:
@@ -44,12 +44,15 @@ def peft_model(work: Work) -> Any:
     return get_peft_model(plain_model(work), lora_config(work))
 
 
-def settings(work: Work, rows: int, pieces: int = 1) -> dict[str, Any]:
-    """What all of TRL's trainers are given: float32, a step's rows at once or in pieces, nothing saved."""
+def settings(work: Work, rows: int, pieces: int = 1, *, checkpointing: bool = False) -> dict[str, Any]:
+    """What all of TRL's trainers are given: the work's dtype, a step's rows at once or in pieces, nothing saved.
+
+    With `checkpointing` activations are computed again on the way back: slower, and what saves TRL the most memory.
+    """
     return {
         "output_dir": str(Path(mkdtemp())), "max_steps": STEPS, "per_device_train_batch_size": rows // pieces,
-        "gradient_accumulation_steps": pieces, "use_cpu": True,
-        "bf16": False, "gradient_checkpointing": False, "learning_rate": work.settings["learning_rate"],
+        "gradient_accumulation_steps": pieces, "use_cpu": work.device == "cpu", "bf16": work.dtype == "bfloat16",
+        "gradient_checkpointing": checkpointing, "learning_rate": work.settings["learning_rate"],
         "lr_scheduler_type": "constant", "adam_beta2": 0.95, "report_to": "none", "save_strategy": "no",
         "logging_strategy": "steps", "logging_steps": 1, "disable_tqdm": True, "dataloader_num_workers": 0,
     }  # fmt: skip

@@ -20,13 +20,16 @@ SIZES: dict[str, Any] = {
     "decode_prompt_tokens": (20, 60), "pairs": 8, "texts": 16, "text_tokens": (40, 400), "learning_rate": 1e-5,
     "rank": 16, "beta": 0.1, "match_batches": (4, 12), "trl_pieces": (1, 2, 4),
     "growth_tokens": (512, 1024, 2048, 4096),
-    "growth_groups": (1, 2, 4, 8, 16), "growth_answers": 16,
+    "growth_groups": (1, 2, 4, 8, 16), "growth_answers": 16, "growth_rows": 4,
+    "growth_lengths": (128, 256, 512, 1024, 2048), "memory_rows": 4, "memory_rows_tried": (1, 2, 4), "device": "cpu",
+    "dtype": "float32",
 }  # fmt: skip
 SMOKE: dict[str, Any] = {
     **SIZES, "groups": 2, "group_size": 2, "prompt_tokens": (5, 20), "answer_tokens": (3, 10), "rl_prompts": 2,
     "completion_tokens": 4, "decode_prompts": 3, "decode_samples": 2, "decode_batches": (2, 3),
     "decode_prompt_tokens": (3, 9), "pairs": 2, "texts": 3, "text_tokens": (5, 30), "rank": 2,
-    "growth_tokens": (16, 32, 64), "growth_groups": (1, 2), "growth_answers": 2,
+    "growth_tokens": (16, 32, 64), "growth_groups": (1, 2), "growth_answers": 2, "growth_rows": 2,
+    "growth_lengths": (8, 16, 32),
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ DISK_GIB = 3.0
 LESS_TOKENS = 512
 """In a pass, and in a comparison: what is advised where memory is short."""
 PYTHON_BYTES = 0.8e9
-"""Resident memory of Python with torch and transformers imported and nothing loaded."""
+"""Main memory of Python with torch and transformers imported and nothing loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,8 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = fast_dtype(device)
-        yield memory(facts["memory_gib"], on_cpu=device == "cpu", dtype=dtype)
+        gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else None
+        yield memory(facts["memory_gib"], gpu_gib, dtype=dtype)
     yield disk(config.out)
     yield from cache()
     yield hub(config.hub_timeout_s)
@@ -157,38 +158,41 @@ def machine(facts: Mapping[str, Any]) -> Iterator[Finding]:
     yield Finding("GPU", "; ".join(gpus) if gpus else "none; the CPU does the work")
 
 
-def memory(memory_gib: float, *, on_cpu: bool = True, dtype: str = "float32") -> Finding:
-    """Memory against what the default run will take of it."""
+def memory(memory_gib: float, gpu_gib: float | None = None, *, dtype: str = "float32") -> Finding:
+    """Memory of what computes, the GPU where there is one, against what the default run will take of it."""
     from tercet.recipes.rlhf import RLHFConfig
 
-    run = RLHFConfig()
-    needed_gib = default_run_gib(run.micro_batch_tokens, run.preference.max_length, on_cpu=on_cpu, dtype=dtype)
-    found = f"{memory_gib:g} GiB; the default run takes about {needed_gib:.1f}"
-    if memory_gib >= needed_gib:
-        return Finding("memory", found)
-    less_gib = default_run_gib(LESS_TOKENS, LESS_TOKENS, on_cpu=on_cpu, dtype=dtype)
+    what, there_gib = ("memory", memory_gib) if gpu_gib is None else ("GPU memory", gpu_gib)
+    longest = RLHFConfig().preference.max_length
+    needed_gib = default_run_gib(None, longest, gpu_gib=gpu_gib, dtype=dtype)
+    found = f"{there_gib:.3g} GiB; the default run takes about {needed_gib:.1f}"
+    if there_gib >= needed_gib:
+        return Finding(what, found)
+    less_gib = default_run_gib(LESS_TOKENS, LESS_TOKENS, gpu_gib=gpu_gib, dtype=dtype)
     words = f"tercet rlhf --micro-batch-tokens {LESS_TOKENS} --preference.max-length {LESS_TOKENS}"
-    return Finding("memory", found, "note", f"{words} takes about {less_gib:.1f}")
+    return Finding(what, found, "note", f"{words} takes about {less_gib:.1f}")
 
 
-def default_run_gib(micro_batch_tokens: int, max_length: int, *, on_cpu: bool, dtype: str) -> float:
-    """What the default run takes with this much in a pass, and comparisons of this length in both orders."""
-    from tercet.models.memory import estimate, shape
+def default_run_gib(micro_batch_tokens: int | None, max_length: int, *, gpu_gib: float | None, dtype: str) -> float:
+    """What the default run takes with this much in a pass (None: what suits the machine), and comparisons of this
+    length in both orders. Of a GPU's memory Python takes nothing."""
+    from tercet.models.memory import estimate, pass_tokens, shape
     from tercet.recipes.rlhf import RLHFConfig
 
-    run = RLHFConfig()
+    run, model = RLHFConfig(), shape(SMOLLM2)
+    gpu_bytes = None if gpu_gib is None else int(gpu_gib * 2**30)
     needed = estimate(
-        shape(SMOLLM2),
+        model,
         lora_rank=run.lora.rank,
-        micro_batch_tokens=micro_batch_tokens,
+        micro_batch_tokens=micro_batch_tokens or pass_tokens(model, gpu_bytes, lora_rank=run.lora.rank, dtype=dtype),
         sampled_rows=min(run.max_rows, run.rl.completions_per_step),
         row_tokens=run.rl.max_prompt_length + run.rl.max_tokens,
         longest_tokens=max_length,
         tied=2,
         dtype=dtype,
-        on_cpu=on_cpu,
+        on_cpu=gpu_gib is None,
     )
-    return (needed.total + PYTHON_BYTES) / 2**30
+    return (needed.total + (PYTHON_BYTES if gpu_gib is None else 0)) / 2**30
 
 
 def disk(out: Path) -> Finding:

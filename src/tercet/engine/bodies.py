@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tercet.engine import step
 from tercet.engine.base import Sampler
-from tercet.engine.budgets import Budgets
+from tercet.engine.budgets import Budgets, ran_out
 from tercet.engine.divergence import divergences
 from tercet.engine.likeliest import top_logprobs
 from tercet.engine.outputs import Body
@@ -56,7 +56,12 @@ class BodySampler:
     """See `tercet.engine.base.Sampler`."""
 
     def __init__(
-        self, body: Callable[[], Body], tensors: Mapping[str, Tensor], language: Language, budgets: Budgets
+        self,
+        body: Callable[[], Body],
+        tensors: Mapping[str, Tensor],
+        language: Language,
+        budgets: Budgets,
+        width: int = 1,
     ) -> None:
         """Take over frozen weights.
 
@@ -65,8 +70,10 @@ class BodySampler:
             tensors: The trained weights, for the fingerprint; nobody changes them.
             language: Of the model.
             budgets: Of the engine.
+            width: How many times a number of keys and values takes the bytes that the budget counts for it.
         """
         self.body, self.tensors, self.language, self.budgets = body, tensors, language, budgets
+        self.width = width
 
     def sample(
         self,
@@ -78,15 +85,16 @@ class BodySampler:
     ) -> Future[list[list[Completion]]]:
         """See `Sampler`."""
         eos, decode = self.language.eos if params.eos else frozenset(), self.language.decode
+        room = self.budgets.cache_tokens and max(1, self.budgets.cache_tokens // self.width)
 
         def draw(rows: int) -> list[list[Completion]]:
             return generate(
                 self.body(), prompts, params, n, eos=eos, decode=decode, max_rows=rows,
-                cache_tokens=self.budgets.cache_tokens, seeds=seeds,
+                cache_tokens=room, seeds=seeds,
             )  # fmt: skip
 
         def rows_of(most: int) -> int:
-            return rows_at_once(prompts, params, n, most, self.budgets.cache_tokens)
+            return rows_at_once(prompts, params, n, most, room)
 
         return done(lambda: self.budgets.within("max_rows", draw, rows_of))
 
@@ -229,7 +237,7 @@ class BodyTrainer(ABC):
     def forward_backward(self, batch: Batch, loss: str, **settings: float) -> Future[StepResult]:
         """See `Trainer`. The setting `temperature` is that of the policy's distribution.
 
-        A refused batch leaves no gradient behind, nor what was there before it.
+        A batch that fails leaves the gradient that was there before it; one whose loss is not finite leaves none.
         """
 
         def work() -> StepResult:
@@ -280,6 +288,9 @@ class BodyTrainer(ABC):
 
         Raises:
             TrainingError: The gradient is not finite; the weights stay as they were.
+            EngineError: Memory ran out. Where there is no room for a step, all stays as it was, the gradient too; in
+                the middle of one, which room asked for beforehand all but excludes, the words say that the weights are
+                lost.
         """
         return done(lambda: self._optim_step(params))
 
@@ -287,17 +298,59 @@ class BodyTrainer(ABC):
         for group in self.optimizer.param_groups:
             group["lr"], group["eps"] = params.learning_rate, params.eps
             group["betas"], group["weight_decay"] = (params.beta1, params.beta2), params.weight_decay
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        self._room_for_a_step()
         limit = float("inf") if params.max_grad_norm is None else params.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         if not np.isfinite(norm):
             self.optimizer.zero_grad()
             raise TrainingError(f"the gradient's norm is {norm}; the step was not taken")
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise EngineError(
+                "memory ran out in the middle of a step: some weights have taken it and others have not; load the last "
+                f"save ({_first_line(error)})"
+            ) from error
         self.optimizer.zero_grad()
         return OptimResult(norm, params.learning_rate)
+
+    def _room_for_a_step(self) -> None:
+        """Make what no batch has reached zero, and Adam's moments, which torch would make in the middle of the first
+        step; and see that there is room for what a step works with.
+
+        Raises:
+            EngineError: There is not; nothing has changed.
+        """
+        parameters = list(self.parameters.values())
+        fresh = [each for each in parameters if not self.optimizer.state.get(each)]
+        largest = max(parameters, key=torch.numel, default=None)
+        try:
+            for each in parameters:
+                if each.grad is None:
+                    each.grad = torch.zeros_like(each)
+            made: dict[Tensor, dict[str, Tensor]] = {
+                each: {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(each),
+                    "exp_avg_sq": torch.zeros_like(each),
+                }
+                for each in fresh
+            }
+            # On a GPU a step is taken in all weights at once, elsewhere in one after the other.
+            room = [torch.empty_like(each) for each in parameters if each.is_cuda or each is largest]
+            del room
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            size = sum(each.numel() * each.element_size() for each in parameters) / 1e9
+            raise EngineError(
+                f"memory ran out before the step was taken ({_first_line(error)}); weights, gradient and optimizer are "
+                f"as they were. Adam keeps two numbers for each weight, here {2 * size:.3g} GB: train an adapter, take "
+                "a smaller model, or close other trainers"
+            ) from error
+        self.optimizer.state.update(made)
 
     def close(self) -> None:
         """See `Trainer`."""
@@ -342,6 +395,10 @@ class BodyTrainer(ABC):
         torch.random.set_rng_state(generator)
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def scored(budgets: Budgets, body: Body, batch: Batch, work: Callable[[int], Result]) -> Result:
     """Do work without gradient, which gets the token budget that memory allows."""
     return budgets.within("score_tokens", work, lambda tokens: list(body.micro_batches(batch, tokens)))
@@ -374,6 +431,22 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         # As bytes: numpy has no bfloat16.
         digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def same_bits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether every byte is the same, as `fingerprint` sees it."""
+    return ours.keys() == theirs.keys() and all(
+        tensor.shape == theirs[name].shape
+        and tensor.dtype == theirs[name].dtype
+        and torch.equal(_whole_numbers(tensor), _whole_numbers(theirs[name].to(tensor.device)))
+        for name, tensor in ours.items()
+    )
+
+
+def _whole_numbers(tensor: Tensor) -> Tensor:
+    """The same bytes as whole numbers: of floating-point ones 0 equals -0, and NaN nothing."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(sizes[tensor.element_size()])
 
 
 def done(work: Callable[[], Result]) -> Future[Result]:

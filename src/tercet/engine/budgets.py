@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -15,6 +16,12 @@ from tercet.errors import EngineError
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
+# Torch's allocators, the libraries of CUDA, and oneDNN, which says the second last where it has no memory for its code
+# ("primitive descriptor" is of shapes that it does not take).
+RAN_OUT = re.compile(
+    "out of memory|out_of_memory|can't allocate memory|not enough memory|status_alloc_failed"
+    "|could not create a primitive(?! desc)|could not create a memory(?! desc)"
+)
 
 
 @dataclass(kw_only=True)
@@ -44,7 +51,7 @@ class Budgets:
             budget: Which of them.
             work: Gets the budget, which counts tokens or rows.
             pieces: How the work is split under a budget; budgets that change nothing are passed over.
-            undo: Takes back what half-done work has left.
+            undo: Takes back what half-done work has left, whatever ended it.
 
         Raises:
             EngineError: Memory runs out with the smallest pieces there are.
@@ -53,8 +60,9 @@ class Budgets:
             now: int = getattr(self, budget)
             try:
                 return work(now)
-            except (RuntimeError, MemoryError) as error:
+            except BaseException as error:
                 if not ran_out(error):
+                    undo()
                     raise
                 said = str(error).partition("\n")[0] or type(error).__name__
             # Outside of the except clause: the error's frames held what was computed.
@@ -78,5 +86,5 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error says that there is no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # torch's allocator on the CPU raises a plain RuntimeError.
-    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory"))
+    # All but torch's allocator on a GPU raise a plain RuntimeError.
+    return isinstance(error, RuntimeError) and RAN_OUT.search(str(error).lower()) is not None

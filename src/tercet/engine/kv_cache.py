@@ -7,18 +7,18 @@ blocks of prompts of like length, and are read once for all rows that continue t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tercet.engine.collate import IntArray
-from tercet.models.tree_attention import Layout
+from tercet.models.tree_attention import Layout, score_dtype, scorer
 
 # A block's longest prompt is at most this many times its shortest, and some tokens more: what is added up to the
-# longest is read for nothing, but every block costs a few calls a layer.
-SPREAD, SLACK = 1.5, 16
+# longest is read for nothing, but every block costs a few calls a layer, which weigh more elsewhere than on a CPU.
+SPREAD, SPREAD_ELSEWHERE, SLACK = 1.5, 4.0, 16
 # Room for tokens comes in such steps: products over whole vectors, without gaps, take half the time of others.
 PROMPT_STEP, OWN_STEP = 8, 32
 # Products are over whole steps of rows, so that they have few shapes: see `tercet.models.frozen_llama.PACKED_STEP`.
@@ -111,6 +111,7 @@ class KeyValueCache:
 
     def __init__(self, rows: int, max_tokens: int, device: torch.device) -> None:
         self.rows, self.max_tokens, self.device = whole_rows(rows), max_tokens, device
+        self.spread = SPREAD if device.type == "cpu" else SPREAD_ELSEWHERE
         self.blocks: list[PromptBlock] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -143,8 +144,7 @@ class KeyValueCache:
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         parts: list[list[int]] = []
         for i in order:
-            # Elsewhere than on a CPU a call costs more than what it would spare.
-            if parts and (self.device.type != "cpu" or lengths[i] <= SPREAD * lengths[parts[-1][0]] + SLACK):
+            if parts and lengths[i] <= self.spread * lengths[parts[-1][0]] + SLACK:
                 parts[-1].append(i)
             else:
                 parts.append([i])
@@ -223,6 +223,7 @@ class Decode:
         beyond = torch.arange(room, device=cache.device) > own[:, None]
         self.bias = torch.zeros(beyond.shape, device=cache.device).masked_fill_(beyond, float("-inf"))[:, None, None]
         self.scores: Tensor | None = None
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = torch.bmm
 
     @classmethod
     def of(cls, cache: KeyValueCache, own: IntArray) -> Decode:
@@ -243,14 +244,16 @@ class Decode:
         q = query.transpose(0, 1).mul(scale).reshape(rows * kv_heads, groups, d)
         queries = slots.products(q.index_select(0, slots.read))
         for block, asked, to in zip(self.cache.blocks, queries, slots.by_block(slots.write), strict=True):
-            each = torch.bmm(asked, block.keys[layer].flatten(0, 1).transpose(1, 2))
+            each = self.multiply(asked, block.keys[layer].flatten(0, 1).transpose(1, 2))
             if block.bias is not None:
                 each.view(*block.keys[layer].shape[:2], -1, block.tokens).add_(block.bias)
             scores[to, :, : block.tokens] = each.view(len(to), groups, -1)
         own = scores[: rows * kv_heads, :, longest:]
-        of_own = torch.bmm(q, keys[:rows].flatten(0, 1).transpose(1, 2)).view(rows, kv_heads, groups, tokens)
+        of_own = self.multiply(q, keys[:rows].flatten(0, 1).transpose(1, 2)).view(rows, kv_heads, groups, tokens)
         torch.add(of_own, self.bias, out=own.view(rows, kv_heads, groups, tokens))
         weights = torch.softmax(scores[: rows * kv_heads], -1)
+        if weights.dtype != values.dtype:
+            weights = weights.to(values.dtype)
         out = torch.bmm(weights[..., longest:], values[:rows].flatten(0, 1))
         told = out.new_empty(len(slots.read), groups, d)
         shares = weights[..., :longest].index_select(0, slots.read)
@@ -266,7 +269,8 @@ class Decode:
         """
         shape = ((self.cache.rows + 1) * kv_heads, groups, self.longest + self.tokens)
         if self.scores is None or self.scores.shape != shape:
-            self.scores = like.new_full(shape, float("-inf"))
+            self.multiply = scorer(like)
+            self.scores = like.new_full(shape, float("-inf"), dtype=score_dtype(like))
         return self.scores
 
 

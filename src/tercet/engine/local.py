@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tercet.engine.base import Sampler
 from tercet.engine.bodies import (
     BodySampler,
     BodyScorer,
@@ -30,6 +31,7 @@ from tercet.engine.bodies import (
     fingerprint,
     head_of,
     new_head,
+    same_bits,
 )  # fmt: skip
 from tercet.engine.budgets import Budgets
 from tercet.engine.outputs import Body
@@ -71,8 +73,8 @@ def with_head(tensors: Mapping[str, Tensor], head: Tensor | None) -> dict[str, T
 
 
 def cache_tokens(loaded: LoadedModel) -> int | None:
-    """Of how many tokens keys and values fit into a quarter of the memory where the model is; None of a kind of model
-    whose sizes are not known."""
+    """Of how many tokens keys and values, in the base's dtype, fit into a quarter of the memory where the model is;
+    None of a kind of model whose sizes are not known."""
     device, dtype = loaded.model.device, str(loaded.model.dtype).removeprefix("torch.")
     on_cpu = device.type == "cpu"
     whole = memory_bytes() if on_cpu else int(torch.cuda.get_device_properties(device).total_memory)
@@ -82,6 +84,14 @@ def cache_tokens(loaded: LoadedModel) -> int | None:
         return None
     one = estimate(sizes, sampled_rows=1, row_tokens=1, dtype=dtype if dtype in BYTES else "float32", on_cpu=on_cpu)
     return whole // CACHE_SHARE // one.kv_cache
+
+
+def width(frozen: Frozen, base: torch.dtype, *, on_cpu: bool) -> int:
+    """How many times a number of the keys and values of frozen weights takes the bytes that `cache_tokens` counts."""
+    # Attention on a CPU is in float32, and an adapter is merged into the base's numbers.
+    if on_cpu or frozen.lora is not None or not frozen.tensors:
+        return 1
+    return max(1, *(tensor.dtype.itemsize // base.itemsize for tensor in frozen.tensors.values()))
 
 
 class LocalEngine:
@@ -171,7 +181,13 @@ class LocalEngine:
 
     def frozen_sampler(self, frozen: Frozen) -> BodySampler:
         """A sampler of weights that no longer change."""
-        return BodySampler(lambda: self.work_body(frozen), frozen.all_tensors(), self.language, self.budgets)
+        return BodySampler(
+            lambda: self.work_body(frozen),
+            frozen.all_tensors(),
+            self.language,
+            self.budgets,
+            width(frozen, self.model.dtype, on_cpu=self._device().type == "cpu"),
+        )
 
     def scorer(self, weights: Weights) -> BodyScorer:
         """See `Engine`."""
@@ -362,6 +378,12 @@ class FullTrainer(BodyTrainer):
     def fingerprint(self) -> str:
         """See `Trainer`."""
         return fingerprint(with_head(self._tensors(copied=False), self.head_weight()))
+
+    def is_held_by(self, sampler: Sampler) -> bool:
+        """Whether a sampler holds these weights, to the bit. They are read where they lie: a hash of a whole model
+        takes seconds."""
+        ours = with_head(self._tensors(copied=False), self.head_weight())
+        return isinstance(sampler, BodySampler) and same_bits(ours, sampler.tensors)
 
     def save(self, directory: Path) -> Future[Weights]:
         """See `Trainer`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,16 +24,23 @@ from tercet.types import Completion, SamplingParams, StopReason
 # A decode step over 128 rows costs far less a token than one over 8; beyond that it gains little.
 MAX_ROWS = 128
 PREFILL_TOKENS = 4096
+# What decoding gives for bytes that are no whole character.
+UNREADABLE = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends a completion."""
+    """What ends a completion.
+
+    Stop strings are looked for only after tokens in which one may end: most texts are never decoded.
+    """
 
     tokens: frozenset[int]
     strings: tuple[str, ...]
     eos: frozenset[int]
     decode: Callable[[list[int]], str]
+    _may_end: dict[int, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Of each token that came so far, whether a stop string may end in it."""
 
     @classmethod
     def of(cls, params: SamplingParams, eos: frozenset[int], decode: Callable[[list[int]], str]) -> Stops:
@@ -42,10 +49,10 @@ class Stops:
         return cls(tokens, tuple(stop for stop in params.stop if isinstance(stop, str)), eos, decode)
 
     def reason(self, tokens: list[int], limit: int) -> StopReason | None:
-        """Why the completion ends after its last token, or None while it goes on."""
+        """Why the completion ends after its last token, or None while it goes on, as it did after all before."""
         if tokens[-1] in self.tokens:
             return "stop"
-        if self.strings:
+        if self.may_end_a_string(tokens[-1]):
             # A character takes at most four byte-level tokens.
             window = 4 * max(map(len, self.strings)) + 4
             tail = self.decode(tokens[-window:])
@@ -56,12 +63,31 @@ class Stops:
         return "length" if len(tokens) >= limit else None
 
     def candidates(self, newest: IntArray, count: IntArray, limit: int) -> list[int]:
-        """The rows of which `reason` has to be asked: all of them where there are stop strings."""
-        if self.strings:
-            return list(range(len(newest)))
+        """The rows of which `reason` has to be asked."""
         asked = np.isin(newest, sorted(self.tokens | self.eos)) | (count >= limit)
+        if self.strings:
+            asked |= np.array([self.may_end_a_string(token) for token in newest.tolist()], dtype=bool)
         found: list[int] = np.flatnonzero(asked).tolist()
         return found
+
+    def may_end_a_string(self, token: int) -> bool:
+        """Whether a stop string may be in a text with this token, and not in the text before it."""
+        if not self.strings:
+            return False
+        if token not in self._may_end:
+            self._may_end[token] = self._asked_after(token)
+        return self._may_end[token]
+
+    def _asked_after(self, token: int) -> bool:
+        text, twice = self.decode([token]), self.decode([token, token])
+        joined = twice in (text + text, f"{text} {text}")
+        # Part of a character, or a decoder with ways of its own: only the whole text tells.
+        if not text or not joined or any(UNREADABLE in each for each in (text, *self.strings)):
+            return True
+        # Many decoders leave out the space before the first word.
+        added = (text, f" {text}")
+        starts = {each[:end] for each in added for end in range(1, len(each) + 1)}
+        return any(string in added[1] or string.endswith(tuple(starts)) for string in self.strings)
 
 
 def generate(

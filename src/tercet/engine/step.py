@@ -61,7 +61,7 @@ def forward_backward(
     if loss.separable or len(pieces) <= 1:
         for piece in pieces:
             said = step.said(piece)
-            step.objective(step.fed(piece, said), piece).backward()  # type: ignore[no-untyped-call]
+            _learn(step.objective(step.fed(piece, said), piece))
             step.note(piece, said)
     else:
         # The loss over all rows gives the gradient with respect to what the model says of each; the second pass
@@ -72,7 +72,7 @@ def forward_backward(
         places = [place for piece in pieces for place in piece.places]
         order = torch.tensor(np.argsort(places), device=body.device)
         rows = {name: leaf[order] for name, leaf in leaves.items()}
-        step.objective(rows, _whole(batch)).backward()  # type: ignore[no-untyped-call]
+        _learn(step.objective(rows, _whole(batch)))
         sizes = [len(piece.places) for piece in pieces]
         gradients = {
             name: torch.split(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, sizes)
@@ -81,10 +81,15 @@ def forward_backward(
         for i, piece in enumerate(pieces):
             said = step.said(piece)
             fed = step.fed(piece, said)
-            pull = [(fed[name] * gradients[name][i]).sum() for name in loss.inputs if fed[name].requires_grad]
-            torch.stack(pull).sum().backward()  # type: ignore[no-untyped-call]
+            _learn(torch.stack([(fed[name] * gradients[name][i]).sum() for name in loss.inputs]).sum())
             step.note(piece, said)
     return step.result()
+
+
+def _learn(objective: Tensor) -> None:
+    # What has no token with a weight hangs on no parameter; its gradient is nothing.
+    if objective.requires_grad:
+        objective.backward()  # type: ignore[no-untyped-call]
 
 
 class _Step:

@@ -23,6 +23,8 @@ Kernel = Callable[..., Any]
 
 # How far the kernel may be off, of the largest number there is; bfloat16 has 8 bits.
 TOLERANCE = 0.03
+# A third of the row that the kernel is tried on: of several blocks, and of fewer than the 128 tokens of one.
+LONG, SHORT = 100, 13
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,15 @@ def compiled() -> Kernel:
 
 @cache
 def works(heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Try the compiled kernel once, forward and backward, and without gradient on a row so short that torch has another
-    kernel for it; if it cannot be used, that is said."""
+    """Try the compiled kernel once, forward and backward, also on a row so short that torch has another kernel for it,
+    and on that one without gradient; if it cannot be used, that is said."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            apart = [error_of(compiled(), heads, kv_heads, d, dtype, device)]
+            apart = [error_of(compiled(), heads, kv_heads, d, dtype, device, n) for n in (LONG, SHORT)]
         with torch.inference_mode():
-            apart.append(error_of(compiled(), heads, kv_heads, d, dtype, device, 13))
+            apart.append(error_of(compiled(), heads, kv_heads, d, dtype, device, SHORT))
+    except torch.OutOfMemoryError:
+        raise  # less is tried at once, with the kernel
     except Exception as error:  # Triton, its compiler and the driver raise whatever they like
         found = f"fails here: {error}"
     else:
@@ -98,7 +102,7 @@ def works(heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.d
 
 
 def error_of(
-    kernel: Kernel, heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.device, n: int = 100
+    kernel: Kernel, heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.device, n: int = LONG
 ) -> float:
     """How far a small trie's output, and its gradients where there are any, are off those of a masked softmax, of the
     largest number in each."""

@@ -66,6 +66,11 @@ def is_llama_layer(layer: nn.Module) -> bool:
     return kind.__name__ in LAYERS and kind.__module__.startswith("transformers.models.")
 
 
+def gates_with_silu(mlp: Any) -> bool:
+    """Whether a layer's perceptron is gated by the activation that is computed here."""
+    return type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+
+
 def is_known(trunk: Any, head: Any) -> bool:
     """Whether a model is of the kind computed here, down to the class of every part, and lies on a CPU."""
     layers = getattr(trunk, "layers", ())
@@ -76,7 +81,7 @@ def is_known(trunk: Any, head: Any) -> bool:
     parts = [head, *(part for layer in layers for part in _linears(layer))]
     if any(type(part) is not nn.Linear for part in parts):
         return False
-    if any(type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for layer in layers):
+    if not all(gates_with_silu(layer.mlp) for layer in layers):
         return False
     if 2 * len(trunk.rotary_emb.inv_freq) != layers[0].self_attn.head_dim:
         return False

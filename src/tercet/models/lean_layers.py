@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tercet.models.frozen_llama import is_llama_layer
+from tercet.models.frozen_llama import gates_with_silu, is_llama_layer
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -60,7 +60,7 @@ def slim(model: nn.Module) -> None:
             if type(norm).__name__.endswith("RMSNorm") and "forward" not in norm.__dict__:
                 norm.forward = _norm_of(norm)
         mlp = untyped.mlp
-        if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and "forward" not in mlp.__dict__:
+        if gates_with_silu(mlp) and "forward" not in mlp.__dict__:
             mlp.forward = _mlp_of(mlp)
 
 

@@ -17,6 +17,7 @@ from tercet.models.padded import OwnHead
 
 # So many of them pass through the softmax together: their logits stay in a CPU's cache from step to step.
 CACHED_ROWS = 8
+HALF = frozenset({torch.bfloat16, torch.float16})
 
 
 def token_logprobs(
@@ -89,17 +90,27 @@ def _chunk(
 def logits_of(head: nn.Linear | OwnHead, device: torch.device) -> Callable[[Tensor], Tensor]:
     """What makes logits (n, V) of hidden states (n, D), in float32 or finer, that nobody else holds.
 
-    A bfloat16 head multiplies in float32 on a CPU: logits near 20 rounded to 8 bits are off by 0.06, which is more than
-    two answers often differ in. Its float32 copy is made once for all chunks.
+    Logits near 20 rounded to 8 bits are off by 0.06, which is more than two answers often differ in. So a bfloat16 head
+    multiplies in float32 on a CPU, from a copy made once for all chunks; on CUDA torch gives the product of numbers in
+    half precision in float32, but not its gradient, for which it is the copy there too.
     """
     if type(head) is not nn.Linear:
         return lambda hidden: _precise(head(hidden))
     multiply = functional.linear if torch.is_grad_enabled() else linear
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
-    if weight.dtype == torch.bfloat16 and device.type == "cpu":
+    half = weight.dtype in HALF and device.type == "cuda"
+    if half and not torch.is_grad_enabled():
+        return lambda hidden: _half_product(hidden.to(weight.dtype), weight, bias)
+    if half or (weight.dtype == torch.bfloat16 and device.type == "cpu"):
         weight, bias = weight.float(), None if bias is None else bias.float()
     return lambda hidden: _precise(multiply(hidden.to(weight.dtype), weight, bias))
+
+
+def _half_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits in float32 of hidden states, weight and bias in half precision."""
+    logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _cached(logits: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -17,6 +17,9 @@ CHUNK_TOKENS, HEAD_COPIES = 256, 3
 # On a CPU attention is computed in spans of up to this many tokens (fewer calls than one a branch, little masked-out
 # work), going back with weights and two gradients of theirs at hand: see tercet.engine.outputs.
 SPAN_TOKENS, SCORE_COPIES = 128, 3
+PASS_TOKENS, MOST_PASS_TOKENS, PASS_SHARE = 1024, 16384, 4
+"""Tokens of one pass with gradient where nobody says how many: on a CPU, which more do not make faster; on a GPU at
+most, as many as take one part in so many of its memory."""
 LAID_OUT = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 """`model_type` of what `tercet.models.frozen_llama` keeps once more, laid out for the CPU."""
 
@@ -64,11 +67,16 @@ class Memory:
     base: int
     """The frozen base model."""
     merged: int
-    """The sampler's copy of the layers that have an adapter, merged; 0 where they are merged as they are laid out."""
+    """The sampler's copy of the layers that have an adapter, merged; 0 where they are merged as they are laid out.
+    Without an adapter the whole model once more, in float32."""
+    references: int
+    """Whole models beside the base that neither learn nor are drawn from, in float32."""
     laid_out: int
     """The sampler's linear layers and, in float32, its head once more, in the blocks in which a CPU multiplies them."""
     trained: int
     """What is trained, with its gradient and the two moments of Adam, in float32."""
+    handed_over: int
+    """The whole model that was sampled from before, still there while the next copy is made."""
     activations: int
     """What the forward pass of one micro-batch keeps for the backward pass."""
     backward: int
@@ -82,9 +90,11 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum; training and sampling take turns, so of what only one of them needs the larger counts."""
-        kept = self.base + self.merged + self.trained + self.vllm
-        return kept + self.head + max(self.activations + self.backward, self.laid_out + self.kv_cache)
+        """The sum; training, the next sampler and sampling take turns, so of what only one of them needs the largest
+        counts."""
+        kept = self.base + self.merged + self.references + self.trained + self.vllm
+        turns = self.activations + self.backward, self.laid_out + self.kv_cache, self.handed_over
+        return kept + self.head + max(turns)
 
     def describe(self) -> str:
         """One line, in GB, without what is nothing."""
@@ -150,6 +160,7 @@ def estimate(
     row_tokens: int = 0,
     longest_tokens: int = 0,
     tied: int = 1,
+    references: int = 0,
     vllm_bytes: int = 0,
     on_cpu: bool = True,
 ) -> Memory:
@@ -157,7 +168,7 @@ def estimate(
 
     Args:
         model: Its sizes.
-        lora_rank: Of an adapter on every linear layer; None trains the whole model, on a copy.
+        lora_rank: Of an adapter on every linear layer; None trains the whole model, on a copy in float32.
         adapters: Trained side by side on the one base.
         dtype: Of the base.
         micro_batch_tokens: Tokens in one forward and backward pass, after merging.
@@ -165,13 +176,16 @@ def estimate(
         row_tokens: Prompt and answer of such a row.
         longest_tokens: Of a sequence that is learned; 0 where all of a micro-batch may be one.
         tied: Such sequences that are computed together, whatever the micro-batch: the two of a pair.
+        references: Models that were read from a save and neither learn nor are drawn from: a reference, a judge. An
+            adapter's are merged into the copy that is sampled from, in turn.
         vllm_bytes: What vLLM takes, where it samples; rows are then in its cache.
         on_cpu: Whether it is computed there. Frozen Llama-like models are then laid out once more, by the first stage
             that samples or scores; it is counted for every one.
     """
-    size = BYTES[dtype]
-    linear = model.layers * sum(i * o for i, o in model.linears)
     rank = lora_rank or 0
+    # Of a number of what learns and is sampled from. A whole model that learns is float32 whatever the base is.
+    size = BYTES[dtype] if rank else 4
+    linear = model.layers * sum(i * o for i, o in model.linears)
     trained = adapters * (model.layers * rank * sum(i + o for i, o in model.linears) if rank else model.parameters)
     kv_tokens = 0 if vllm_bytes else sampled_rows * row_tokens
     tokens = max(micro_batch_tokens, tied * longest_tokens)
@@ -182,19 +196,41 @@ def estimate(
     laid_out = model.laid_out and on_cpu
     # vLLM takes over whole weights.
     late = laid_out and bool(rank) and not vllm_bytes
+    whole = 0 if rank else model.parameters * size
     return Memory(
-        base=model.parameters * size,
-        merged=0 if not sampled_rows or late else (linear if rank else model.parameters) * size,
+        base=model.parameters * BYTES[dtype],
+        merged=0 if not sampled_rows or late else whole or linear * size,
+        references=references * whole,
         laid_out=linear * size + model.vocabulary * model.hidden * 4 if laid_out else 0,
         trained=trained * 4 * 4,
+        handed_over=whole if sampled_rows else 0,
         activations=model.layers * one_layer,
         backward=one_layer + (scores if on_cpu else 0),
-        # A bfloat16 head multiplies in float32 on a CPU, from a copy made for each piece.
+        # A bfloat16 head multiplies in float32 on a CPU, from a copy made for each piece. The gradient of one that
+        # learns is made for each piece and added to those before it.
         head=HEAD_COPIES * CHUNK_TOKENS * model.vocabulary * 4
-        + (model.vocabulary * model.hidden * 4 if on_cpu and dtype == "bfloat16" else 0),
+        + model.vocabulary * model.hidden * 4 * (int(on_cpu and dtype == "bfloat16") if rank else 2),
         kv_cache=kv_tokens * model.layers * 2 * model.kv_heads * model.head_size * attended,
         vllm=vllm_bytes,
     )
+
+
+def pass_tokens(model: Shape, gpu_bytes: int | None, *, lora_rank: int | None, dtype: str) -> int:
+    """How many tokens pass at once with gradient where nobody says.
+
+    Args:
+        model: Its sizes.
+        gpu_bytes: Memory of the GPU that computes; None on a CPU.
+        lora_rank: Of adapters; None trains the whole model.
+        dtype: Of the base.
+    """
+    tokens = PASS_TOKENS if gpu_bytes is None else MOST_PASS_TOKENS
+    while tokens > PASS_TOKENS:
+        found = estimate(model, lora_rank=lora_rank, dtype=dtype, micro_batch_tokens=tokens, on_cpu=False)
+        if PASS_SHARE * (found.activations + found.backward) <= (gpu_bytes or 0):
+            break
+        tokens //= 2
+    return tokens
 
 
 def _kept_per_token(model: Shape, rank: int, size: int, attended: int) -> int:
@@ -209,8 +245,8 @@ def _kept_per_token(model: Shape, rank: int, size: int, attended: int) -> int:
     q, kv = model.heads * model.head_size, model.kv_heads * model.head_size
     # See tercet.models.lean_layers.
     lean = model.laid_out and bool(rank)
-    # Their inputs and outputs; else inputs as they are computed with, in float32.
-    norms = 2 * model.hidden * ((size if lean else 4) + size)
+    # Their inputs and outputs; else inputs as they are computed with, in float32; what their weights learn from.
+    norms = 2 * model.hidden * ((size if lean else 4) + size + (0 if rank else size))
     # Queries, keys, values; and the result.
     attention = (q + 2 * kv) * attended + q * size
     # Gate, its activation, up and their product. Of many experts a token passes a few; two is usual.

@@ -7,8 +7,9 @@ trie, nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "tercet"
+# Where torch gives products of half precision in float32.
+WIDENS = frozenset({"cuda"})
 
 
 class Layout(Protocol):
@@ -64,6 +67,18 @@ def span(start: int, end: int, ancestors: Sequence[tuple[int, int]], subtree_end
     return Span(start, end, (*before, (first, end)), bias)
 
 
+def score_dtype(like: Tensor) -> torch.dtype:
+    """What scores of such queries are in: float32 on CUDA, as a score near 20 rounded to 8 bits is off by 0.06."""
+    half = like.dtype in (torch.bfloat16, torch.float16) and like.device.type in WIDENS
+    return torch.float32 if half else like.dtype
+
+
+def scorer(like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """What multiplies tensors (N, m, d) and (N, d, n), like this one, into scores."""
+    wide = score_dtype(like)
+    return torch.bmm if wide == like.dtype else partial(torch.bmm, out_dtype=wide)
+
+
 class _ForestAttention(torch.autograd.Function):
     """Softmax attention, span by span. The weights are computed again in the backward pass instead of being kept."""
 
@@ -74,7 +89,7 @@ class _ForestAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         for part in spans:
             q, k, v = _gather(query, key, value, part, scale)
-            weights = _weights(q, k, part)
+            weights = _weights(q, k, part).to(v.dtype)
             out[:, part.start : part.end] = (weights @ v).reshape(query.shape[0], -1, query.shape[-1])
         ctx.save_for_backward(query, key, value)
         ctx.spans, ctx.scale = spans, scale
@@ -84,13 +99,14 @@ class _ForestAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        multiply = scorer(query)
         for part in ctx.spans:
             q, k, v = _gather(query, key, value, part, ctx.scale)
             weights = _weights(q, k, part)
             grad_out = grads[0][:, part.start : part.end].reshape(q.shape)
-            grad_v = weights.transpose(1, 2) @ grad_out
-            grad_weights = grad_out @ v.transpose(1, 2)
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_v = weights.to(v.dtype).transpose(1, 2) @ grad_out
+            grad_weights = multiply(grad_out, v.transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).to(q.dtype)
             grad_q = (grad_scores @ k).mul_(ctx.scale)
             grad_query[:, part.start : part.end] = grad_q.reshape(query.shape[0], -1, query.shape[-1])
             grad_k = grad_scores.transpose(1, 2) @ q
@@ -115,7 +131,7 @@ def _seen(kept: Tensor, part: Span) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, part: Span) -> Tensor:
-    scores = torch.matmul(q, k.transpose(1, 2))
+    scores = scorer(q)(q, k.transpose(1, 2))
     own = len(part.bias)
     scores.view(k.shape[0], -1, own, k.shape[1])[..., -own:].add_(part.bias)
     return torch.softmax(scores, dim=-1)

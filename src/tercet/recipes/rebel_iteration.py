@@ -91,7 +91,7 @@ def train_rebel(config: RebelRunConfig, *, say: Say = print) -> Path:
     prompts = _prompts(session, config)
     root.mkdir(parents=True, exist_ok=True)
     # Of what `auto` means here every stage keeps its own record.
-    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"dtype"})
+    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"dtype", "micro_batch_tokens"})
     origin = {"rows_sha256": rows_sha256(prompts), "policy_sha256": session.fingerprint(start), **hashes}
     keep_config(root / "origin.yaml", origin)
     weights, folder = start, root

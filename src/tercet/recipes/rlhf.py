@@ -111,7 +111,7 @@ def rlhf(config: RLHFConfig, *, say: Say = print) -> Path:
     root = Path(config.out)
     root.mkdir(parents=True, exist_ok=True)
     # Of what `auto` means here every stage keeps its own record.
-    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"dtype"})
+    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"dtype", "micro_batch_tokens"})
     session = open_session(config, say)
     limit = config.preference.max_length
     learns = config.ppo if config.policy.algorithm == "ppo" else config.rl

@@ -51,14 +51,14 @@ class _Group:
         """What one call draws of them, of whoever asked in turn; who comes late begins with those who had least."""
         waiting = {draw.promise.session_id for draw in self.draws}
         least = min((self.had[session] for session in waiting if session in self.had), default=0)
-        asked = {session: self.had.get(session, least) for session in waiting}
+        self.had = {session: self.had.get(session, least) for session in waiting}
+        asked = dict(self.had)
 
         def turn(draw: Draw) -> int:
             asked[draw.promise.session_id] += 1
             return asked[draw.promise.session_id]
 
         most, in_turn = self.most, sorted(self.draws, key=turn)
-        self.had = {session: self.had.get(session, least) for session in waiting}
         for draw in in_turn[:most]:
             self.had[draw.promise.session_id] += 1
         self.draws = in_turn[most:]

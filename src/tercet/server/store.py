@@ -31,6 +31,9 @@ SCHEME = "tinker://"
 KINDS = {"weights": "training", "sampler_weights": "sampler"}
 RUN_FILE, CHECKPOINT_FILE = "run.json", "checkpoint.json"
 Found = TypeVar("Found")
+# A file's path and what is in it -> what that means.
+Reader = Callable[[Path, dict[str, Any]], Found]
+Notes = Callable[[Path, Reader[dict[str, Any]]], dict[str, Any] | None]
 # A checkpoint that is being replaced stands under this name until the new one is in its place.
 ASIDE = f"{UNFINISHED}old"
 # Ten years, as on the hosted service.
@@ -161,7 +164,7 @@ class Store:
     def runs(self) -> list[Run]:
         """Every run, the newest first, but for those whose files are damaged."""
         paths = self.root.glob(f"*/{RUN_FILE}")
-        runs = [run for path in paths if (run := self._if_whole(path, lambda: _record(path, _run))) is not None]  # noqa: B023
+        runs = [run for path in paths if (run := self._if_whole(path, _run)) is not None]
         return sorted(runs, key=lambda run: run.created, reverse=True)
 
     def save(
@@ -257,7 +260,7 @@ class Store:
             for run in runs
             for kind in KINDS
             for path in _finished(self.root / run.training_run_id / kind, f"*/{CHECKPOINT_FILE}")
-            if (each := self._if_whole(path, lambda: self._read(run, kind, path.parent.name))) is not None  # noqa: B023
+            if (each := self._read(run, kind, path.parent.name, self._if_whole)) is not None
         ]
         return sorted(found, key=lambda each: each.time, reverse=True)
 
@@ -287,7 +290,7 @@ class Store:
         """Remove what has expired."""
         for path in _finished(self.root, f"*/*/*/{CHECKPOINT_FILE}"):
             with self._changing:
-                note = self._if_whole(path, lambda: _record(path, _note))  # noqa: B023
+                note = self._if_whole(path, _note)
                 if note is not None and _expired(note["expires_at"]):
                     remove_directory(path.parent)
 
@@ -299,10 +302,10 @@ class Store:
             while piece := file.read(1 << 20):
                 yield piece
 
-    def _read(self, run: Run, kind: str, name: str) -> Checkpoint | None:
+    def _read(self, run: Run, kind: str, name: str, record: Notes | None = None) -> Checkpoint | None:
         directory = self.root / run.training_run_id / kind / name
         with self._changing:
-            note = _record(directory / CHECKPOINT_FILE, _note)
+            note = (record or _record)(directory / CHECKPOINT_FILE, _note)
         if note is None or _expired(note["expires_at"]):
             return None
         return Checkpoint(run, kind, name, directory, **{"lora_rank": run.lora_rank, **note})
@@ -313,10 +316,10 @@ class Store:
             raise CheckpointError(f"the checkpoint {checkpoint.path} has just been removed")
         return note
 
-    def _if_whole(self, path: Path, read: Callable[[], Found | None]) -> Found | None:
-        """What is read, unless its file is damaged, which the log then says once."""
+    def _if_whole(self, path: Path, read: Reader[Found]) -> Found | None:
+        """What a file holds, unless it is damaged, which the log then says once."""
         try:
-            return read()
+            return _record(path, read)
         except CheckpointError as error:
             if path not in self._told:
                 LOG.warning("left out of lists, and never expires: %s", error)
@@ -324,7 +327,7 @@ class Store:
             return None
 
 
-def _record(path: Path, read: Callable[[Path, dict[str, Any]], Found]) -> Found | None:
+def _record(path: Path, read: Reader[Found]) -> Found | None:
     """What a file holds, unless it is not there: another thread may have removed it since it was listed.
 
     Raises:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tercet.cli import doctor
-from tercet.models.memory import shape
+from tercet.models.memory import estimate, shape
+from tercet.recipes.rlhf import RLHFConfig
 
 
 @pytest.fixture
@@ -43,6 +44,20 @@ def test_little_memory_is_noted_with_what_the_default_run_takes():
     assert (taken := re.search(r"the default run takes about (\d\.\d)$", doctor.memory(1.0).found))
     assert (less := re.search(r"takes about (\d\.\d)$", doctor.memory(1.0).advice))
     assert 1 < float(less[1]) < float(taken[1]) < 7
+
+
+def test_on_a_gpu_its_own_memory_counts_and_pythons_does_not():
+    fine, short = doctor.memory(1.0, 24.0, dtype="bfloat16"), doctor.memory(64.0, 1.0, dtype="bfloat16")
+    assert (fine.what, fine.state, short.what, short.state) == ("GPU memory", "fine", "GPU memory", "note")
+    assert fine.found.startswith("24 GiB; ") and short.found.startswith("1 GiB; ")
+    sizes = {"gpu_gib": 24.0, "dtype": "bfloat16"}
+    estimated = estimate(
+        shape(doctor.SMOLLM2), micro_batch_tokens=512, sampled_rows=20, row_tokens=560, longest_tokens=512, tied=2,
+        dtype="bfloat16", on_cpu=False,
+    )  # fmt: skip
+    run = RLHFConfig()
+    assert (run.rl.completions_per_step, run.rl.max_prompt_length + run.rl.max_tokens) == (20, 560)
+    assert doctor.default_run_gib(512, 512, **sizes) * 2**30 == pytest.approx(estimated.total)
 
 
 def test_more_threads_than_cores_are_noted():

@@ -135,3 +135,10 @@ def test_a_block_of_prompts_is_never_taken_for_one_that_is_gone():
         assert cache.shape not in seen
         seen.add(cache.shape)
         cache.close([0, 1], [], 0)
+
+
+def test_on_cuda_a_block_has_prompts_of_less_like_length():
+    cache = KeyValueCache(5, 4, torch.device("cpu"))
+    cache.spread = KeyValueCache(5, 4, torch.device("cuda")).spread
+    # 96 is 4 x 20 + 16, and 404 is 4 x 97 + 16.
+    assert cache.add([404, 97, 20, 405, 96], [[i] for i in range(5)]) == [[2, 4], [1, 0], [3]]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tercet.algorithms.policy_gradient import synchronised
 from tercet.engine.base import Engine, Trainer
+from tercet.engine.bodies import same_bits
 from tercet.engine.local import LocalEngine
-from tercet.errors import EngineError, ModelError
+from tercet.errors import EngineError, ModelError, TrainingError
 from tercet.models import frozen_llama
 from tercet.models.load import load_model
 from tercet.models.tiny import tiny_model
-from tercet.types import AdamParams, Batch, Datum, LoraConfig, SamplingParams, Weights
+from tercet.types import AdamParams, Batch, Datum, Head, LoraConfig, SamplingParams, Weights
 
 LORA = LoraConfig(rank=4, alpha=8)
 
@@ -49,6 +53,29 @@ def test_a_model_in_bfloat16_can_be_a_frozen_sampler(tmp_path):
     assert len(sampler.logprobs([[3, 4, 5]]).result()[0]) == 2
 
 
+@pytest.mark.parametrize("tokens", [2048, 2])
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_pairs_without_a_weighted_token_add_nothing_to_the_gradient(lora, tokens):
+    def gradient(*rows):
+        engine = LocalEngine(load_model("tiny"))
+        engine.budgets.micro_batch_tokens = tokens
+        trainer = engine.trainer(lora=lora, seed=0)
+        for parameter in trainer.parameters.values():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        data = [Datum(r, w, {"reference_logprobs": [0.0] * len(r)}) for r, w in rows]
+        pairs = [(i, i + 1) for i in range(0, len(data), 2)]
+        trainer.forward_backward(Batch(data, pairs, pair_weights=[1.0, 0.0][: len(pairs)]), "sigmoid").result()
+        return {name: parameter.grad for name, parameter in trainer.parameters.items()}
+
+    learned = [([3, 4, 5], [0.0, 1.0, 1.0]), ([3, 6, 7], [0.0, 1.0, 1.0])]
+    silent = [([8, 9], [0.0, 0.0]), ([8, 10], [0.0, 0.0])]
+    assert all(grad is None or not grad.any() for grad in gradient(*silent).values())
+    alone, beside = gradient(*learned), gradient(*learned, *silent)
+    for name, grad in alone.items():
+        torch.testing.assert_close(beside[name], grad)
+    assert any(grad is not None and grad.any() for grad in alone.values())
+
+
 def test_nothing_at_a_path_is_refused(tmp_path):
     with pytest.raises(EngineError, match="holds neither an adapter nor model.safetensors"):
         LocalEngine(load_model("tiny")).sampler(Weights(tmp_path))
@@ -72,6 +99,51 @@ def learned(engine: LocalEngine, targets: str) -> Trainer:
         for parameter in trainer.parameters.values():
             parameter.add_(0.3)
     return trainer
+
+
+def test_a_whole_model_tells_without_a_hash_whether_a_sampler_holds_its_weights(batch, monkeypatch):
+    engine = LocalEngine(load_model("tiny"))
+    trainer, other = engine.trainer(head=Head()), engine.trainer(lora=LORA)
+    sampler = trainer.sampler()
+    monkeypatch.setattr("hashlib.sha256", None)
+    assert trainer.is_held_by(sampler) and trainer.is_held_by(synchronised(trainer))
+    assert not trainer.is_held_by(engine.sampler()) and not trainer.is_held_by(other.sampler())
+    for name in ("model.norm.weight", "score.weight"):
+        [key] = [key for key in sampler.tensors if key.endswith(name)]
+        one = sampler.tensors[key].view(-1)[-1:]
+        kept = one.clone()
+        one.copy_(torch.nextafter(kept, 2 * kept))
+        assert not trainer.is_held_by(sampler)
+        one.copy_(kept)
+    assert trainer.is_held_by(sampler)
+    trainer.forward_backward(batch, "cross_entropy").result()
+    trainer.optim_step(AdamParams(learning_rate=1e-3)).result()
+    assert not trainer.is_held_by(sampler) and trainer.is_held_by(trainer.sampler())
+
+
+def test_a_whole_models_sampler_that_holds_older_weights_is_found_out(batch):
+    trainer = LocalEngine(load_model("tiny")).trainer()
+    old = trainer.sampler()
+    trainer.forward_backward(batch, "cross_entropy").result()
+    trainer.optim_step(AdamParams(learning_rate=1e-3)).result()
+
+    class Late(type(trainer)):
+        def sampler(self):
+            return old
+
+    trainer.__class__ = Late
+    with pytest.raises(TrainingError, match="the sampler holds weights"):
+        synchronised(trainer)
+
+
+def test_bits_are_compared_and_not_numbers():
+    zero, nan = torch.zeros(2), torch.full((2,), math.nan)
+    assert same_bits({"a": nan}, {"a": nan.clone()})
+    assert not same_bits({"a": zero}, {"a": -zero})
+    assert not same_bits({"a": zero}, {"b": zero})
+    assert not same_bits({"a": zero}, {"a": zero.bfloat16()})
+    assert not same_bits({"a": zero}, {"a": zero[:1]})
+    assert same_bits({"a": zero.bfloat16()}, {"a": zero.bfloat16()})
 
 
 def test_samplers_share_the_bases_tensors(tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tercet.engine.kv_cache import Decode, KeyValueCache
 from tercet.engine.local import LocalEngine
-from tercet.engine.sampler import Stops, _Rows
+from tercet.engine.sampler import _Rows
 from tercet.models.frozen_llama import _Linear, frozen_llama
 from tercet.models.load import load_model
 from tercet.models.quiet import quiet
@@ -170,12 +170,6 @@ def test_room_is_given_back_when_the_longest_rows_have_left():
     cache.close([1], [], 40)
     assert cache.room(41) == cache.keys[0].shape[2] == cache.values[0].shape[2] == 64
     assert cache.keys[0][0, 0, 39].tolist() == [7] * 4
-
-
-def test_only_rows_that_may_have_ended_are_looked_at():
-    stops = Stops(frozenset({7}), (), frozenset({2}), str)
-    assert stops.candidates(np.array([7, 5, 2, 6]), np.array([1, 1, 1, 4]), limit=4) == [0, 2, 3]
-    assert Stops(frozenset(), ("x",), frozenset(), str).candidates(np.array([3, 4]), np.array([1, 1]), 4) == [0, 1]
 
 
 def test_products_have_few_shapes_however_many_rows_there_are(monkeypatch):

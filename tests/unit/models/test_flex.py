@@ -42,6 +42,34 @@ def test_blocks_that_see_nothing_are_skipped() -> None:
     assert mask.to_dense()[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=6), st.integers(1, 40))
+def test_blocks_are_those_in_which_something_is_seen_and_full_ones_those_in_which_all_is(
+    rows: list[list[int]], times: int
+) -> None:
+    packed = forest([row * times for row in rows])
+    mask = flex.block_mask(torch.from_numpy(packed.subtree_end))
+    tokens, size = len(packed.tokens), 128
+    row, ends = torch.arange(tokens), torch.from_numpy(packed.subtree_end)
+    n = -(-tokens // size)
+    sees = torch.zeros(n * size, n * size, dtype=torch.bool)  # a block that reaches beyond the end is never full
+    sees[:tokens, :tokens] = (row[None] <= row[:, None]) & (row[:, None] < ends[None])
+    blocks = sees.reshape(n, size, n, size).transpose(1, 2).flatten(2)
+    for wanted, places in (
+        (blocks.all(-1), listed(mask.full_kv_num_blocks, mask.full_kv_indices)),
+        (blocks.any(-1) & ~blocks.all(-1), listed(mask.kv_num_blocks, mask.kv_indices)),
+        (blocks.all(-1).T, listed(mask.full_q_num_blocks, mask.full_q_indices)),
+        ((blocks.any(-1) & ~blocks.all(-1)).T, listed(mask.q_num_blocks, mask.q_indices)),
+    ):
+        assert places == [line.nonzero()[:, 0].tolist() for line in wanted]
+
+
+def listed(numbers: torch.Tensor | None, indices: torch.Tensor | None) -> list[list[int]]:
+    """The blocks that a mask lists for each line of them; of its indices the first so many count."""
+    assert numbers is not None and indices is not None
+    return [sorted(line[:n].tolist()) for line, n in zip(indices[0, 0], numbers[0, 0].tolist(), strict=True)]
+
+
 @pytest.fixture
 def layout(monkeypatch: pytest.MonkeyPatch) -> flex.FlexLayout:
     monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
@@ -100,10 +128,31 @@ def test_the_trial_measures_how_far_a_kernel_is_off() -> None:
     assert math.isnan(flex.error_of(lambda *a, **k: math.nan * dense(*a, **k), 6, 2, 16, torch.float32, CPU))
 
 
-def test_short_rows_without_gradient_are_tried_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gradient, said", [(True, "0.01 and 0.5 and 0.01"), (False, "0.01 and 0.01 and 0.5")])
+def test_short_rows_are_tried_with_and_without_gradient(
+    monkeypatch: pytest.MonkeyPatch, gradient: bool, said: str
+) -> None:
     flex.works.cache_clear()
     monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
-    monkeypatch.setattr(flex, "error_of", lambda *given: 0.5 if given[6:] == (13,) else 0.01)
-    with pytest.warns(UserWarning, match=r"is off here, by 0.01 and 0.5 of the largest"):
+    bad = (13, gradient)
+    monkeypatch.setattr(flex, "error_of", lambda *given: 0.5 if (given[6], torch.is_grad_enabled()) == bad else 0.01)
+    with pytest.warns(UserWarning, match=f"is off here, by {said} of the largest"):
         assert not flex.works(6, 2, 16, torch.bfloat16, CPU)
+    flex.works.cache_clear()
+
+
+def test_memory_that_runs_out_in_the_trial_is_passed_on_and_the_kernel_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flex.works.cache_clear()
+    monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
+
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(flex, "error_of", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        flex.works(6, 2, 16, torch.bfloat16, CPU)
+    monkeypatch.setattr(flex, "error_of", lambda *_: 0.01)
+    assert flex.works(6, 2, 16, torch.bfloat16, CPU)
     flex.works.cache_clear()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tercet.models import adapters, tree_attention
 from tercet.models.frozen_llama import LAYERS, frozen_llama
 from tercet.models.lean_layers import slim
 from tercet.models.load import load_model
-from tercet.models.memory import LAID_OUT, estimate, read_shape, shape
+from tercet.models.memory import LAID_OUT, estimate, pass_tokens, read_shape, shape
 from tercet.models.tiny import tiny_model
 from tercet.types import LoraConfig
 
@@ -46,12 +47,15 @@ def test_an_adapter_and_its_optimizer_are_counted_exactly(tmp_path):
     assert estimate(read_shape(directory), lora_rank=None).trained == 16 * whole
 
 
-def test_activations_are_estimated_to_a_tenth(tmp_path):
+@pytest.mark.parametrize("rank", [16, None], ids=["adapter", "whole model"])
+def test_activations_are_estimated_to_a_tenth(tmp_path, rank):
     directory = tiny_model(tmp_path, hidden=128)
     loaded = load_model(str(directory))
-    wrapped = adapters.add_adapter(loaded.model, "a", LoraConfig(rank=16), base="tiny", seed=0)
-    slim(wrapped)
-    weights = {parameter.data_ptr() for parameter in wrapped.parameters()}
+    if rank:
+        slim(adapters.add_adapter(loaded.model, "a", LoraConfig(rank=rank), base="tiny", seed=0))
+    else:
+        loaded.model.requires_grad_(True)
+    weights = {parameter.data_ptr() for parameter in loaded.model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +73,8 @@ def test_activations_are_estimated_to_a_tenth(tmp_path):
             use_cache=False, layout=tree_attention.ForestLayout(tuple(spans)),
         )  # fmt: skip
     measured = sum(size for size, _ in kept.values())
-    assert estimate(read_shape(directory), micro_batch_tokens=256).activations == pytest.approx(measured, rel=0.1)
+    said = estimate(read_shape(directory), lora_rank=rank, micro_batch_tokens=256).activations
+    assert said == pytest.approx(measured, rel=0.1)
 
 
 def test_the_cache_of_a_batch_is_two_numbers_a_head_and_token():
@@ -89,6 +94,34 @@ def test_training_and_sampling_share_what_only_one_of_them_needs():
     larger = max(memory.activations + memory.backward, memory.laid_out + memory.kv_cache)
     assert memory.total == memory.base + memory.merged + memory.trained + memory.head + larger
     assert memory.describe().startswith(f"{memory.total / 1e9:.2f} GB (base 0.54, laid out 0.54,")
+
+
+def test_a_whole_model_learns_and_is_sampled_in_float32_whatever_the_base_is():
+    settings = {"lora_rank": None, "sampled_rows": 128, "row_tokens": 200, "references": 2, "on_cpu": False}
+    low, high = (estimate(shape(SMOLLM2), dtype=dtype, **settings) for dtype in ("bfloat16", "float32"))
+    weights = 134_515_008
+    assert (low.base, high.base) == (2 * weights, 4 * weights)
+    assert replace(low, base=0) == replace(high, base=0)
+    assert (low.trained, low.merged, low.references, low.handed_over) == tuple(4 * n * weights for n in (4, 1, 2, 1))
+    assert low.kv_cache == 128 * 200 * 30 * 2 * 3 * 64 * 4
+    unsampled = estimate(shape(SMOLLM2), lora_rank=None)
+    assert (unsampled.merged, unsampled.references, unsampled.handed_over) == (0, 0, 0)
+    adapter = estimate(shape(SMOLLM2), sampled_rows=128, row_tokens=200, references=2)
+    assert (adapter.references, adapter.handed_over) == (0, 0)
+
+
+def test_the_next_whole_model_to_sample_from_is_made_beside_the_last():
+    memory = estimate(shape(SMOLLM2), lora_rank=None, micro_batch_tokens=64, sampled_rows=1, row_tokens=1, on_cpu=False)
+    assert memory.handed_over > max(memory.activations + memory.backward, memory.kv_cache)
+    assert memory.total == memory.base + memory.merged + memory.trained + memory.head + memory.handed_over
+
+
+@pytest.mark.parametrize(
+    ("gib", "rank", "tokens"), [(None, 16, 1024), (80, 16, 16384), (24, 16, 8192), (24, None, 4096), (0.5, 16, 1024)]
+)
+def test_as_many_tokens_pass_at_once_as_take_a_quarter_of_a_gpu(gib, rank, tokens):
+    gpu = None if gib is None else int(gib * 2**30)
+    assert pass_tokens(shape(SMOLLM2), gpu, lora_rank=rank, dtype="bfloat16") == tokens
 
 
 def test_the_copy_laid_out_for_the_cpu_is_counted_exactly(tmp_path):

@@ -9,12 +9,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tercet.engine.collate import forest
 from tercet.engine.local import LocalEngine
 from tercet.engine.outputs import forest_layout
 from tercet.models.load import load_model
+from tercet.models.quiet import quiet
 from tercet.models.tiny import tiny_model
 from tercet.types import AdamParams, Batch, Datum, LoraConfig, SamplingParams
 
@@ -22,12 +23,33 @@ ROWS = (
     [40, 41, 42, 43, 44, 45], [40, 41, 42, 50, 51], [40, 41], [60, 61, 62, 63, 64, 65, 66, 67, 68], [40, 41, 42, 43],
     [60, 61, 70], [80] * 12, [40, 41, 42, 43, 44, 45],
 )  # fmt: skip
+SIZES = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings", "pad_token_id",
+    "bos_token_id", "eos_token_id",
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "llama, untied"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "llama, untied", "qwen2", "qwen3"])
 def path(request, tmp_path_factory):
     architecture, _, untied = request.param.partition(",")
-    return tiny_model(tmp_path_factory.mktemp("model"), architecture, tied=not untied)
+    directory = tmp_path_factory.mktemp("model")
+    if architecture.startswith("qwen"):
+        return qwen(tiny_model(directory), architecture)
+    return tiny_model(directory, architecture, tied=not untied)
+
+
+def qwen(directory, model_type):
+    """A random Qwen in the place of the Llama of that directory, with biases and norms that do something."""
+    sizes = {key: value for key, value in AutoConfig.from_pretrained(directory).to_dict().items() if key in SIZES}
+    with quiet(), torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from tercet.models.memory import estimate, read_shape
 from tercet.recipes.session import SetupConfig, local_engine, open_session
 from tercet.types import Message
 
@@ -34,6 +35,21 @@ def test_comparisons_tied_in_both_orders_are_counted_beyond_a_micro_batch():
     short, alone, tied = (megabytes(longest_tokens=n, tied=k) for n, k in ((32, 2), (512, 1), (512, 2)))
     assert short < alone < tied
     assert megabytes(longest_tokens=5000) == megabytes(longest_tokens=1024)  # the model takes no more
+
+
+def test_a_pass_has_as_many_tokens_as_are_asked_for_and_on_a_cpu_1024_where_none_are():
+    for asked, taken in ((None, 1024), (64, 64)):
+        session = open_session(SetupConfig(model="tiny", device="cpu", micro_batch_tokens=asked), lambda _: None)
+        assert (session.engine.budgets.micro_batch_tokens, session.setup.micro_batch_tokens) == (taken, taken)
+
+
+def test_a_whole_model_that_is_sampled_from_has_a_reference_beside_it():
+    setups = (SetupConfig(model="tiny", method=method, micro_batch_tokens=64) for method in ("lora", "full"))
+    lora, full = (open_session(setup, lambda _: None) for setup in setups)
+    room = {"lora_rank": None, "micro_batch_tokens": 64, "sampled_rows": 4, "row_tokens": 32, "longest_tokens": 32}
+    expected = estimate(read_shape(full.engine.loaded.path), references=1, **room)
+    assert full.memory(sampled_rows=4, row_tokens=32) == f"about {expected.total / 1e6:.0f} MB beside Python"
+    assert full.memory(sampled_rows=4, row_tokens=32) != lora.memory(sampled_rows=4, row_tokens=32)
 
 
 def test_the_longest_conversation_is_found_by_its_characters_and_cut():
