@@ -186,9 +186,10 @@ def _agreement(place: Path) -> dict[str, Any]:
 
 def _machine() -> dict[str, Any]:
     import torch
-    from run import machine
+    from measuring import versions
+    from record import machine, today
 
-    return machine(torch.get_num_threads())
+    return {"machine": machine(torch.get_num_threads()), "versions": versions(), "measured": today()}
 
 
 def _pair(row: Comparison) -> dict[str, Any]:

@@ -18,7 +18,13 @@ def engine(work: Work) -> LocalEngine:
     from tercet.engine.local import LocalEngine
     from tercet.models.load import load_model
 
-    return LocalEngine(load_model(work.model, dtype=work.dtype, device=work.device))
+    made = LocalEngine(load_model(work.model, dtype=work.dtype, device=work.device))
+    if work.device == "cuda":
+        from tercet.recipes.session import SetupConfig, micro_batch_tokens
+
+        # As the verbs have it; the peers have all rows at once there.
+        made.budgets.micro_batch_tokens = micro_batch_tokens(SetupConfig(lora=lora(work)), made.loaded)
+    return made
 
 
 def lora(work: Work) -> LoraConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from local import datum, engine, lora
@@ -44,16 +45,16 @@ def tercet(work: Work) -> Once:
     return once
 
 
-def trl_settings(work: Work) -> dict[str, Any]:
-    """Activations computed again on the way back, and a few rows at a time: what takes TRL the least memory."""
+def trl_settings(work: Work, *, checkpointing: bool) -> dict[str, Any]:
+    """A few rows at a time; computing activations again on the way back takes the least memory, and longer."""
     from trl_steps import settings
 
     size = work.settings
     rows = size["rl_prompts"] * size["group_size"]
-    return settings(work, rows, max(1, rows // size["memory_rows"]), checkpointing=True)
+    return settings(work, rows, max(1, rows // size["memory_rows"]), checkpointing=checkpointing)
 
 
-def trl(work: Work) -> Once:
+def trl(work: Work, *, checkpointing: bool) -> Once:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
@@ -65,7 +66,7 @@ def trl(work: Work) -> Once:
     judge.config.pad_token_id = reader.pad_token_id
     prompts = [pair["prompt"] for pair in work.pairs[: size["rl_prompts"]]]
     config = GRPOConfig(
-        **trl_settings(work), num_generations=size["group_size"], beta=0.04,
+        **trl_settings(work, checkpointing=checkpointing), num_generations=size["group_size"], beta=0.04,
         max_completion_length=size["completion_tokens"], temperature=1.0,
         generation_kwargs={"min_new_tokens": size["completion_tokens"]},
     )  # fmt: skip
@@ -83,7 +84,14 @@ def trl(work: Work) -> Once:
 ROW = Row(
     "memory",
     "peak RSS with policy, reference and judge, against TRL's policy, reference and reward model",
-    {"tercet": tercet, "trl": trl},
+    {"tercet": tercet, "trl": partial(trl, checkpointing=False)},
+    target=2.0,
+    of="rss_mb",
+)
+LEAST = Row(
+    "memory-least",
+    "the same, against what takes TRL the least: activations computed again, one, two or four rows at a time",
+    {"tercet": tercet, "trl": partial(trl, checkpointing=True)},
     target=2.0,
     of="rss_mb",
     trial=Trial("trl", "memory_rows"),

@@ -14,8 +14,8 @@ ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         gradient_step.ROW, gradient_step.SORTED, gradient_step.MFU, rl_step.ROW, tournament.ROW, pairs.DPO,
-        pairs.REWARD, sft.ROW, decode.ROW, decode.BANDWIDTH, decode.VLLM, sft.ARITHMETIC, memory.ROW, growth.TOKENS,
-        growth.LENGTH, growth.GROUP_SIZE,
+        pairs.REWARD, sft.ROW, decode.ROW, decode.BANDWIDTH, decode.VLLM, sft.ARITHMETIC, memory.ROW, memory.LEAST,
+        growth.TOKENS, growth.LENGTH, growth.GROUP_SIZE,
     )
 }  # fmt: skip
 ASKED_FOR = ("mfu", "bandwidth")

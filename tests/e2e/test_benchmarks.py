@@ -24,7 +24,7 @@ def measured(tmp_path_factory) -> tuple[str, dict]:
 
 def test_every_row_runs_its_own_side_and_is_in_the_table(measured):
     table, rows = measured
-    assert len(rows) == 14
+    assert len(rows) == 15
     for name, row in rows.items():
         assert f"(`{name}`)" in table
         ours = row["sides"]["tercet"]
@@ -157,7 +157,7 @@ from tercet.models.names import resolve
 
 work = build(str(resolve("tiny")), None, smoke=True)
 on_cuda = settings(work.with_settings(device="cuda", dtype="bfloat16"), 4)
-saving = trl_settings(work.with_settings(memory_rows=2))  # of 2 groups of 2
+saving = trl_settings(work.with_settings(memory_rows=2), checkpointing=True)  # of 2 groups of 2
 print(json.dumps({"plain": settings(work, 4), "cuda": on_cuda, "saving": saving}))
 """
 

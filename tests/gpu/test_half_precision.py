@@ -16,7 +16,7 @@ from torch.library import _scoped_library
 from tercet.engine.collate import forest
 from tercet.engine.kv_cache import Decode, KeyValueCache
 from tercet.engine.outputs import span_layout
-from tercet.models import tree_attention
+from tercet.models import widening
 from tercet.models.logprobs import logits_of, token_logprobs
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -37,7 +37,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     def product(a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:
         return torch.matmul(a.to(kind), b.to(kind))
 
-    monkeypatch.setattr(tree_attention, "WIDENS", {"cpu"})
+    monkeypatch.setattr(widening, "WIDENS", {"cpu", "cuda"})
     with _scoped_library("aten", "IMPL") as library:
         for name in ("mm", "bmm"):
             library.impl(f"{name}.dtype", product, "CPU")

@@ -165,7 +165,7 @@ def memory(memory_gib: float, gpu_gib: float | None = None, *, dtype: str = "flo
     what, there_gib = ("memory", memory_gib) if gpu_gib is None else ("GPU memory", gpu_gib)
     longest = RLHFConfig().preference.max_length
     needed_gib = default_run_gib(None, longest, gpu_gib=gpu_gib, dtype=dtype)
-    found = f"{there_gib:.3g} GiB; the default run takes about {needed_gib:.1f}"
+    found = f"{round(there_gib, 1):g} GiB; the default run takes about {needed_gib:.1f}"
     if there_gib >= needed_gib:
         return Finding(what, found)
     less_gib = default_run_gib(LESS_TOKENS, LESS_TOKENS, gpu_gib=gpu_gib, dtype=dtype)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from tercet.engine import step
 from tercet.engine.base import Sampler
-from tercet.engine.budgets import Budgets, ran_out
+from tercet.engine.budgets import Budgets
 from tercet.engine.divergence import divergences
 from tercet.engine.likeliest import top_logprobs
 from tercet.engine.outputs import Body
 from tercet.engine.sampler import generate, rows_at_once
 from tercet.errors import CheckpointError, EngineError, TrainingError
+from tercet.models.out_of_memory import give_back, ran_out
 from tercet.types import (
     AdamParams,
     Batch,
@@ -326,31 +327,38 @@ class BodyTrainer(ABC):
         parameters = list(self.parameters.values())
         fresh = [each for each in parameters if not self.optimizer.state.get(each)]
         largest = max(parameters, key=torch.numel, default=None)
+        made: dict[Tensor, dict[str, Tensor]] = {}
+        room: list[Tensor] = []
+        said = None
         try:
             for each in parameters:
                 if each.grad is None:
                     each.grad = torch.zeros_like(each)
-            made: dict[Tensor, dict[str, Tensor]] = {
-                each: {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(each),
-                    "exp_avg_sq": torch.zeros_like(each),
-                }
-                for each in fresh
-            }
-            # On a GPU a step is taken in all weights at once, elsewhere in one after the other.
-            room = [torch.empty_like(each) for each in parameters if each.is_cuda or each is largest]
-            del room
+            for each in fresh:
+                made[each] = {"step": torch.tensor(0.0)}
+                made[each] |= {name: torch.zeros_like(each) for name in ("exp_avg", "exp_avg_sq")}
+            # A step works with one more number for each weight, on a GPU of all of them at once, elsewhere with two for
+            # those of one parameter after the other.
+            for each in parameters:
+                copies = 1 if each.is_cuda else 2 * (each is largest)
+                room.extend(torch.empty_like(each) for _ in range(copies))
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            size = sum(each.numel() * each.element_size() for each in parameters) / 1e9
-            raise EngineError(
-                f"memory ran out before the step was taken ({_first_line(error)}); weights, gradient and optimizer are "
-                f"as they were. Adam keeps two numbers for each weight, here {2 * size:.3g} GB: train an adapter, take "
-                "a smaller model, or close other trainers"
-            ) from error
-        self.optimizer.state.update(made)
+            said = _first_line(error)
+        room.clear()
+        if said is None:
+            self.optimizer.state.update(made)
+            return
+        # Outside of the except clause, whose frames hold them, or there would be no more room when it is tried again.
+        made.clear()
+        give_back()
+        size = sum(each.numel() * each.element_size() for each in parameters) / 1e9
+        raise EngineError(
+            f"memory ran out before the step ({said}); weights, gradient and optimizer are as they were. Adam "
+            f"keeps two numbers for each weight, here {2 * size:.3g} GB: train an adapter, take a smaller model, or "
+            "close other trainers"
+        )
 
     def close(self) -> None:
         """See `Trainer`."""

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-import torch
-
 from tercet.engine.sampler import MAX_ROWS
 from tercet.errors import EngineError
+from tercet.models.out_of_memory import give_back, ran_out
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
-# Torch's allocators, the libraries of CUDA, and oneDNN, which says the second last where it has no memory for its code
-# ("primitive descriptor" is of shapes that it does not take).
-RAN_OUT = re.compile(
-    "out of memory|out_of_memory|can't allocate memory|not enough memory|status_alloc_failed"
-    "|could not create a primitive(?! desc)|could not create a memory(?! desc)"
-)
 
 
 @dataclass(kw_only=True)
@@ -66,10 +57,8 @@ class Budgets:
                     raise
                 said = str(error).partition("\n")[0] or type(error).__name__
             # Outside of the except clause: the error's frames held what was computed.
+            give_back()
             undo()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             whole, half = pieces(now), now // 2
             while half and pieces(half) == whole:
                 half //= 2
@@ -80,11 +69,3 @@ class Budgets:
                 )
             setattr(self, budget, half)
             logger.warning("memory ran out: %s is %d from here on instead of %d (%s)", budget, half, now, said)
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    # All but torch's allocator on a GPU raise a plain RuntimeError.
-    return isinstance(error, RuntimeError) and RAN_OUT.search(str(error).lower()) is not None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tercet.engine.collate import IntArray
 from tercet.engine.kv_cache import Decode, KeyValueCache
+from tercet.models.out_of_memory import ran_out
 from tercet.models.tree_attention import Layout
 
 # Recording costs about as much as so many steps.
@@ -122,9 +123,9 @@ class GraphedStep:
             out.fill_(float("nan"))
             replay()
             apart = float((out[:n] - wanted).abs().max() / wanted.abs().max())
-        except torch.OutOfMemoryError:
-            raise  # fewer rows are tried, with graphs
         except Exception as error:  # the driver and every library under it raise whatever they like
+            if ran_out(error):
+                raise  # fewer rows are tried, with graphs
             found = f"cannot be recorded here: {error}"
         else:
             if apart <= TOLERANCE:

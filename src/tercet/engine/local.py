@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from peft import PeftModel
@@ -127,6 +128,7 @@ class LocalEngine:
         self._work: PreTrainedModel = copy.deepcopy(self.model, memo=dict(shared))
         self._work_holds: Frozen | None = None
         self._updates: Updates = NONE
+        self._read: WeakValueDictionary[tuple[Path, int, int, int], Frozen] = WeakValueDictionary()
         self._buffers: dict[str, nn.Parameter] = {}
 
     @property
@@ -289,7 +291,14 @@ class LocalEngine:
         path = weights.path / "model.safetensors"
         if not path.is_file():
             raise EngineError(f"{weights.path} holds neither an adapter nor model.safetensors")
-        return Frozen(None, _whole(load_file(path), self._base), _read_head(weights.path, self._device()))
+        # A reference is often the policy that is compared with as well: read once for as long as somebody has it.
+        now = path.stat()
+        key = (path.resolve(), now.st_ino, now.st_size, now.st_mtime_ns)
+        found = self._read.get(key)
+        if found is None:
+            found = Frozen(None, _whole(load_file(path), self._base), _read_head(weights.path, self._device()))
+            self._read[key] = found
+        return found
 
     def _device(self) -> torch.device:
         return next(iter(self._base.values())).device

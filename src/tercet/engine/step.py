@@ -61,7 +61,7 @@ def forward_backward(
     if loss.separable or len(pieces) <= 1:
         for piece in pieces:
             said = step.said(piece)
-            _learn(step.objective(step.fed(piece, said), piece))
+            _learn(step.objective(step.fed(piece, said), piece), piece)
             step.note(piece, said)
     else:
         # The loss over all rows gives the gradient with respect to what the model says of each; the second pass
@@ -72,7 +72,7 @@ def forward_backward(
         places = [place for piece in pieces for place in piece.places]
         order = torch.tensor(np.argsort(places), device=body.device)
         rows = {name: leaf[order] for name, leaf in leaves.items()}
-        _learn(step.objective(rows, _whole(batch)))
+        step.objective(rows, _whole(batch)).backward()  # type: ignore[no-untyped-call]
         sizes = [len(piece.places) for piece in pieces]
         gradients = {
             name: torch.split(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, sizes)
@@ -81,14 +81,14 @@ def forward_backward(
         for i, piece in enumerate(pieces):
             said = step.said(piece)
             fed = step.fed(piece, said)
-            _learn(torch.stack([(fed[name] * gradients[name][i]).sum() for name in loss.inputs]).sum())
+            _learn(torch.stack([(fed[name] * gradients[name][i]).sum() for name in loss.inputs]).sum(), piece)
             step.note(piece, said)
     return step.result()
 
 
-def _learn(objective: Tensor) -> None:
-    # What has no token with a weight hangs on no parameter; its gradient is nothing.
-    if objective.requires_grad:
+def _learn(objective: Tensor, piece: _Piece) -> None:
+    # What has no token with a weight may hang on no parameter; its gradient is nothing.
+    if objective.requires_grad or any(map(len, piece.wanted)):
         objective.backward()  # type: ignore[no-untyped-call]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from tercet.models.out_of_memory import ran_out
 from tercet.models.tree_attention import ForestLayout
 
 Kernel = Callable[..., Any]
@@ -89,9 +90,9 @@ def works(heads: int, kv_heads: int, d: int, dtype: torch.dtype, device: torch.d
             apart = [error_of(compiled(), heads, kv_heads, d, dtype, device, n) for n in (LONG, SHORT)]
         with torch.inference_mode():
             apart.append(error_of(compiled(), heads, kv_heads, d, dtype, device, SHORT))
-    except torch.OutOfMemoryError:
-        raise  # less is tried at once, with the kernel
     except Exception as error:  # Triton, its compiler and the driver raise whatever they like
+        if ran_out(error):
+            raise  # less is tried at once, with the kernel
         found = f"fails here: {error}"
     else:
         if all(each < TOLERANCE for each in apart):

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from tercet.models.cpu import linear
 from tercet.models.memory import CHUNK_TOKENS
 from tercet.models.padded import OwnHead
+from tercet.models.widening import widens
 
 # So many of them pass through the softmax together: their logits stay in a CPU's cache from step to step.
 CACHED_ROWS = 8
-HALF = frozenset({torch.bfloat16, torch.float16})
 
 
 def token_logprobs(
@@ -99,7 +99,7 @@ def logits_of(head: nn.Linear | OwnHead, device: torch.device) -> Callable[[Tens
     multiply = functional.linear if torch.is_grad_enabled() else linear
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
-    half = weight.dtype in HALF and device.type == "cuda"
+    half = widens(weight.dtype, device)
     if half and not torch.is_grad_enabled():
         return lambda hidden: _half_product(hidden.to(weight.dtype), weight, bias)
     if half or (weight.dtype == torch.bfloat16 and device.type == "cpu"):

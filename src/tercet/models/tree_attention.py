@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tercet.models.widening import widens
+
 NAME = "tercet"
-# Where torch gives products of half precision in float32.
-WIDENS = frozenset({"cuda"})
 
 
 class Layout(Protocol):
@@ -69,8 +69,7 @@ def span(start: int, end: int, ancestors: Sequence[tuple[int, int]], subtree_end
 
 def score_dtype(like: Tensor) -> torch.dtype:
     """What scores of such queries are in: float32 on CUDA, as a score near 20 rounded to 8 bits is off by 0.06."""
-    half = like.dtype in (torch.bfloat16, torch.float16) and like.device.type in WIDENS
-    return torch.float32 if half else like.dtype
+    return torch.float32 if widens(like.dtype, like.device) else like.dtype
 
 
 def scorer(like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -116,7 +116,13 @@ def run_ppo(
     """
     setup = session.setup
     longest = max(len(session.renderer.generation_prompt(prompt)) for prompt in prompts)
-    memory = session.memory(sampled_rows=config.completions_per_step, row_tokens=longest + config.max_tokens)
+    # Beside the reference the model that rewards and a judge that is held out.
+    memory = session.memory(
+        sampled_rows=config.completions_per_step,
+        row_tokens=longest + config.max_tokens,
+        trainers=1 if config.critic == "shared" else 2,
+        others=3,
+    )
     with open_run(
         session,
         directory,

@@ -19,7 +19,7 @@ from tercet.recipes.preparing import drawn_at, tokens_of, write_prepared
 from tercet.recipes.reference import reference_logprobs, rows_reached
 from tercet.recipes.rows import count_left_out, rows_sha256
 from tercet.recipes.scoring import RewardsConfig, check_rewards, rewards_of, write_scores
-from tercet.recipes.session import FREE, Say, Session, SetupConfig, open_session
+from tercet.recipes.session import FREE, Say, Session, SetupConfig, decided_here, open_session
 from tercet.recipes.stages import open_run
 from tercet.recipes.trained import check_same_base, weights_at
 from tercet.rewards.combined import WeightedSum
@@ -90,8 +90,7 @@ def train_rebel(config: RebelRunConfig, *, say: Say = print) -> Path:
     rewards, hashes = rewards_of(session, config)
     prompts = _prompts(session, config)
     root.mkdir(parents=True, exist_ok=True)
-    # Of what `auto` means here every stage keeps its own record.
-    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"dtype", "micro_batch_tokens"})
+    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | decided_here(config))
     origin = {"rows_sha256": rows_sha256(prompts), "policy_sha256": session.fingerprint(start), **hashes}
     keep_config(root / "origin.yaml", origin)
     weights, folder = start, root

@@ -22,7 +22,7 @@ from tercet.recipes.reward import run_reward
 from tercet.recipes.reward_source import RewardSourceConfig, reward_of
 from tercet.recipes.rl import origin, write_evaluation
 from tercet.recipes.rows import load_pairs, prompts_to_learn, questions
-from tercet.recipes.session import FREE, Say, SetupConfig, open_session
+from tercet.recipes.session import FREE, Say, SetupConfig, decided_here, open_session
 from tercet.recipes.stages import run_preference, run_rl, run_sft
 from tercet.rewards.judge import Compares
 from tercet.runs.settings import keep_config
@@ -110,8 +110,7 @@ def rlhf(config: RLHFConfig, *, say: Say = print) -> Path:
     """
     root = Path(config.out)
     root.mkdir(parents=True, exist_ok=True)
-    # Of what `auto` means here every stage keeps its own record.
-    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | {"dtype", "micro_batch_tokens"})
+    keep_config(root / "config.yaml", to_mapping(config), may_differ=FREE | decided_here(config))
     session = open_session(config, say)
     limit = config.preference.max_length
     learns = config.ppo if config.policy.algorithm == "ppo" else config.rl

@@ -143,7 +143,14 @@ class Session:
         return min(limit, max(tokens, default=0))
 
     def memory(
-        self, *, sampled_rows: int = 0, row_tokens: int = 0, longest_tokens: int | None = None, tied: int = 1
+        self,
+        *,
+        sampled_rows: int = 0,
+        row_tokens: int = 0,
+        longest_tokens: int | None = None,
+        tied: int = 1,
+        trainers: int = 1,
+        others: int = 0,
     ) -> str:
         """What training will need, in words.
 
@@ -152,8 +159,8 @@ class Session:
             row_tokens: Prompt and answer of such a row.
             longest_tokens: Of a sequence that is learned; None when it is a row that was sampled.
             tied: Such sequences that are computed together: 2 of a pair.
-
-        A policy that is sampled from has a reference; of a whole model that is one more.
+            trainers: What learns: 2 with a critic of its own.
+            others: Read from saves, and only asked: reference, judges.
         """
         from tercet.engine.local import LocalEngine
         from tercet.engine.vllm_sampler import VllmEngine
@@ -176,7 +183,8 @@ class Session:
             row_tokens=row_tokens,
             longest_tokens=min(row_tokens if longest_tokens is None else longest_tokens, self.engine.context_tokens),
             tied=tied,
-            references=1 if sampled_rows else 0,
+            adapters=trainers,
+            references=others,
             vllm_bytes=self.engine.vllm_bytes if isinstance(self.engine, VllmEngine) and sampled_rows else 0,
         )
         size = f"{found.total / 1e9:.1f} GB" if found.total >= 1e8 else f"{found.total / 1e6:.0f} MB"
@@ -249,6 +257,11 @@ def micro_batch_tokens(setup: SetupConfig, loaded: LoadedModel) -> int:
     return pass_tokens(sizes, gpu, lora_rank=rank, dtype=dtype if dtype in BYTES else "float32")
 
 
+def decided_here(setup: SetupConfig) -> set[str]:
+    """What may differ from when a run of several stages began: they keep what it came to on their machine, each."""
+    return {"dtype"} if setup.micro_batch_tokens else {"dtype", "micro_batch_tokens"}
+
+
 def device_of(setup: MachineConfig) -> str:
     """Where this machine computes."""
     import torch
@@ -268,6 +281,8 @@ def _open_service(setup: SetupConfig, say: Say) -> Session:
             f"engine tinker trains adapters of lora.alpha {ALPHA:g} on lora.targets {LoraConfig().targets}; got method "
             f"{setup.method}, {setup.lora.alpha:g} and {setup.lora.targets}; set these, or engine local"
         )
+    # It is the service's business; a folder keeps a number all the same, as it does of what computes here.
+    setup = replace(setup, micro_batch_tokens=setup.micro_batch_tokens or PASS_TOKENS)
     tokenizer = load_tokenizer(setup.model, trust_remote_code=setup.trust_remote_code)
     chosen = renderer(setup.renderer, tokenizer)
     engine = RemoteEngine.connect(

@@ -150,7 +150,8 @@ def run_rl(
     setup = session.setup
     played = config.prompts_per_step * len(matches(config.group_size, pattern=config.pattern, chunk=config.chunk))
     longest = max(len(session.renderer.generation_prompt(prompt)) for prompt in prompts)
-    memory = session.memory(sampled_rows=config.completions_per_step, row_tokens=longest + config.max_tokens)
+    # Beside the reference the judge that rewards and one that is held out.
+    memory = session.memory(sampled_rows=config.completions_per_step, row_tokens=longest + config.max_tokens, others=3)
     with open_run(
         session,
         directory,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tercet.engine import local, sampler
 from tercet.engine.bodies import BodySampler
-from tercet.engine.budgets import ran_out
 from tercet.engine.kv_cache import KeyValueCache
 from tercet.engine.local import Frozen, LocalEngine, width
 from tercet.errors import EngineError
 from tercet.models.load import load_model
+from tercet.models.out_of_memory import ran_out
 from tercet.types import AdamParams, Datum, LoraConfig, SamplingParams
 
 OUT = {
@@ -182,7 +183,7 @@ def test_without_room_for_a_step_nothing_changes_and_it_can_be_taken_later(batch
     moments, there = copy.deepcopy(trainer.optimizer.state_dict()["state"]), gradient(trainer).clone()
     with (
         Allocator(operation, n),
-        pytest.raises(EngineError, match=r"before the step was taken .*can't allocate.*GB: t"),
+        pytest.raises(EngineError, match=r"before the step .*can't allocate.*GB: t"),
     ):
         trainer.optim_step(AdamParams(learning_rate=0.1)).result()
     assert all(torch.equal(parameter, weights[name]) for name, parameter in trainer.parameters.items())
@@ -191,6 +192,24 @@ def test_without_room_for_a_step_nothing_changes_and_it_can_be_taken_later(batch
     trainer.optim_step(AdamParams(learning_rate=0.1)).result()
     expected = learning(wanted, batch)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in trainer.parameters.items())
+
+
+def test_what_a_step_without_room_had_made_is_given_back_while_its_error_is_still_looked_at(batch, monkeypatch):
+    _, trainer = engine_and_trainer(32, LoraConfig(rank=4))
+    trainer.forward_backward(batch, "cross_entropy").result()
+    made, zeros_like = [], torch.zeros_like
+
+    def noted(*args, **kwargs):
+        zeros = zeros_like(*args, **kwargs)
+        made.append(weakref.ref(zeros))
+        return zeros
+
+    monkeypatch.setattr(torch, "zeros_like", noted)
+    with Allocator("aten::empty_like", 1), pytest.raises(EngineError, match="before the step") as caught:
+        trainer.optim_step(AdamParams(learning_rate=0.1)).result()
+    assert len(made) == 2 * len(trainer.parameters)
+    assert caught.value.__cause__ is None
+    assert not any(each() is not None for each in made)
 
 
 def test_a_step_that_ends_halfway_says_that_the_weights_are_lost(batch):

@@ -117,9 +117,14 @@ def test_there_are_graphs_on_cuda_alone(monkeypatch):
     assert graphed.recorder(torch.device("cuda")) is not None
 
 
-def test_memory_that_runs_out_while_recording_is_no_reason_to_do_without(records, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")],
+    ids=["torch", "cublas"],
+)
+def test_memory_that_runs_out_while_recording_is_no_reason_to_do_without(records, monkeypatch, error):
     def full(work):
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
 
     monkeypatch.setattr(sampler, "recorder", lambda device: full)
     with pytest.raises(EngineError, match="memory ran out"):

@@ -146,6 +146,20 @@ def test_bits_are_compared_and_not_numbers():
     assert same_bits({"a": zero.bfloat16()}, {"a": zero.bfloat16()})
 
 
+def test_a_whole_model_is_read_once_for_all_that_have_it_and_anew_when_it_was_written_anew(batch, tmp_path):
+    engine = LocalEngine(load_model("tiny"))
+    trainer = engine.trainer()
+    weights = trainer.save(tmp_path).result()
+    first, second = engine.sampler(weights), engine.sampler(weights)
+    assert {name: each.data_ptr() for name, each in first.tensors.items()} == {
+        name: each.data_ptr() for name, each in second.tensors.items()
+    }
+    trainer.forward_backward(batch, "cross_entropy").result()
+    trainer.optim_step(AdamParams(learning_rate=1e-2)).result()
+    third = engine.sampler(trainer.save(tmp_path).result())
+    assert first.fingerprint() == second.fingerprint() != third.fingerprint() == trainer.fingerprint()
+
+
 def test_samplers_share_the_bases_tensors(tmp_path):
     engine = LocalEngine(load_model(str(tiny_model(tmp_path, "gpt2"))))
     used, base = learned(engine, "c_attn").sampler().body().trunk, engine.model.transformer

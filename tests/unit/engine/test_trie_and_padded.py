@@ -268,7 +268,9 @@ def test_losses_log_probs_and_gradients_of_any_forest_are_those_of_transformers(
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=5e-6, msg=lambda said: f"{name}: {said}")
+    # Of sums of numbers of both signs float32 loses more than of any of them.
+    atol = 5e-6 + 3e-5 * float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=atol, msg=lambda said: f"{name}: {said}")
 
 
 @settings(max_examples=12, deadline=None)

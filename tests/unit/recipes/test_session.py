@@ -48,7 +48,8 @@ def test_a_whole_model_that_is_sampled_from_has_a_reference_beside_it():
     lora, full = (open_session(setup, lambda _: None) for setup in setups)
     room = {"lora_rank": None, "micro_batch_tokens": 64, "sampled_rows": 4, "row_tokens": 32, "longest_tokens": 32}
     expected = estimate(read_shape(full.engine.loaded.path), references=1, **room)
-    assert full.memory(sampled_rows=4, row_tokens=32) == f"about {expected.total / 1e6:.0f} MB beside Python"
+    assert full.memory(sampled_rows=4, row_tokens=32, others=1) == f"about {expected.total / 1e6:.0f} MB beside Python"
+    assert full.memory(sampled_rows=4, row_tokens=32, others=1) != full.memory(sampled_rows=4, row_tokens=32)
     assert full.memory(sampled_rows=4, row_tokens=32) != lora.memory(sampled_rows=4, row_tokens=32)
 
 
