@@ -39,7 +39,7 @@ def test_a_signal_ends_a_server_that_is_in_the_middle_of_a_long_call(tmp_path: P
         server.ask("POST", "/api/v1/asample", sample(sampler["sampling_session_id"], 0, [40], **long))
         time.sleep(1)  # by now the engine draws: nothing is gathered for as long as that
         process.send_signal(number)
-        said, _ = process.communicate(timeout=20)  # 3 s for answers on their way and 3 s for the engine
+        said, _ = process.communicate(timeout=40)  # 3 s for answers on their way, 3 s for the engine, and some
     finally:
         process.kill()
         process.wait()
