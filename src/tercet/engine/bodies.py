@@ -25,7 +25,7 @@ from tercet.engine.likeliest import top_logprobs
 from tercet.engine.outputs import Body
 from tercet.engine.sampler import generate, rows_at_once
 from tercet.errors import CheckpointError, EngineError, TrainingError
-from tercet.models.out_of_memory import give_back, ran_out
+from tercet.models.out_of_memory import first_line, give_back, ran_out
 from tercet.types import (
     AdamParams,
     Batch,
@@ -312,7 +312,7 @@ class BodyTrainer(ABC):
                 raise
             raise EngineError(
                 "memory ran out in the middle of a step: some weights have taken it and others have not; load the last "
-                f"save ({_first_line(error)})"
+                f"save ({first_line(error)})"
             ) from error
         self.optimizer.zero_grad()
         return OptimResult(norm, params.learning_rate)
@@ -345,7 +345,7 @@ class BodyTrainer(ABC):
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            said = _first_line(error)
+            said = first_line(error)
         room.clear()
         if said is None:
             self.optimizer.state.update(made)
@@ -401,10 +401,6 @@ class BodyTrainer(ABC):
             }
         self.optimizer.zero_grad()
         torch.random.set_rng_state(generator)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def scored(budgets: Budgets, body: Body, batch: Batch, work: Callable[[int], Result]) -> Result:

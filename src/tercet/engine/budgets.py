@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from tercet.engine.sampler import MAX_ROWS
 from tercet.errors import EngineError
-from tercet.models.out_of_memory import give_back, ran_out
+from tercet.models.out_of_memory import first_line, give_back, ran_out
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Budgets:
                 if not ran_out(error):
                     undo()
                     raise
-                said = str(error).partition("\n")[0] or type(error).__name__
+                said = first_line(error)
             # Outside of the except clause: the error's frames held what was computed.
             give_back()
             undo()

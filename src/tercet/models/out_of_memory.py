@@ -23,6 +23,11 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and RAN_OUT.search(str(error).lower()) is not None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def give_back() -> None:
     """Free what only frames of an error still held; to be called outside of its except clause."""
     gc.collect()
